@@ -1,0 +1,53 @@
+"""resnet-finetune: fine-tune pretrained image backbones on a folder of pictures.
+
+This is the index of the public names. They are imported when they are first used, so that `import finetune` costs nothing and
+has no side effects.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from finetune.version import __version__
+
+if TYPE_CHECKING:
+    from finetune.boundaries import Boundaries as Boundaries
+    from finetune.data import FolderDataModule as FolderDataModule
+    from finetune.errors import CheckpointError as CheckpointError
+    from finetune.errors import ConfigError as ConfigError
+    from finetune.errors import DataError as DataError
+    from finetune.errors import FinetuneError as FinetuneError
+    from finetune.errors import WeightsError as WeightsError
+    from finetune.freezing import Phase as Phase
+    from finetune.freezing import plan as plan
+    from finetune.module import FinetuneModule as FinetuneModule
+    from finetune.stages import Stage as Stage
+    from finetune.transforms import InputSpec as InputSpec
+
+_HOME = {
+    "Boundaries": "boundaries",
+    "CheckpointError": "errors",
+    "ConfigError": "errors",
+    "DataError": "errors",
+    "FinetuneError": "errors",
+    "FinetuneModule": "module",
+    "FolderDataModule": "data",
+    "InputSpec": "transforms",
+    "Phase": "freezing",
+    "Stage": "stages",
+    "WeightsError": "errors",
+    "plan": "freezing",
+}
+
+__all__ = ["__version__", *sorted(_HOME)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'finetune' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"finetune.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

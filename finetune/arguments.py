@@ -1,0 +1,67 @@
+"""Prepare the words of `fit`, `validate` and `test` for the parser: recipe names become files, runs become checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from finetune.errors import ConfigError
+from finetune.recipe_files import find_recipe
+from finetune.runs import CONFIG, find_checkpoint, run_of
+
+_OURS = ("--config", "-c", "--ckpt_path", "--run.folder")
+
+
+def resolve(words: Sequence[str]) -> list[str]:
+    """Turn recipe names into files, and a run or `last` into its checkpoint.
+
+    A checkpoint without `--config` takes the configuration of its run; the words that follow override it. A recipe gives the run
+    its name.
+
+    Args:
+        words: The verb and its options.
+
+    Raises:
+        FinetuneError: If a recipe, run or checkpoint is not there.
+    """
+    given, rest = _take(words)
+    configs = [find_recipe(name) for name in given["--config"]]
+    folder = given["--run.folder"][-1:] or ["runs"]
+    resolved = [*rest[:1], *(word for path in configs for word in ("--config", str(path)))]
+    name = configs[-1].stem if configs else None
+    wanted = given["--ckpt_path"][-1:]
+    if wanted and wanted != ["null"]:
+        checkpoint = find_checkpoint(wanted[0], Path(folder[0]), name, prefer="last" if words[0] == "fit" else "best")
+        if not configs:
+            resolved += ["--config", str(_config_of(checkpoint))]
+        resolved += ["--ckpt_path", str(checkpoint)]
+    elif name and words[0] == "fit":
+        resolved += ["--run.name", name]
+    if given["--run.folder"]:
+        resolved += ["--run.folder", *folder]
+    return [*resolved, *rest[1:]]
+
+
+def _take(words: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """Separate the values of the options that are resolved here from all other words."""
+    given: dict[str, list[str]] = {option: [] for option in _OURS}
+    rest: list[str] = []
+    waiting = iter(words)
+    for word in waiting:
+        option, equals, value = word.partition("=")
+        if option not in _OURS:
+            rest.append(word)
+            continue
+        if not equals:
+            value = next(waiting, "")
+        if not value:
+            raise ConfigError(f"The option {option} needs a value.")
+        given["--config" if option == "-c" else option].append(value)
+    return given, rest
+
+
+def _config_of(checkpoint: Path) -> Path:
+    home = run_of(checkpoint)
+    if home is None or not (home / CONFIG).is_file():
+        raise ConfigError(f"There is no {CONFIG} of a run beside {checkpoint}: name the configuration with --config FILE.")
+    return home / CONFIG

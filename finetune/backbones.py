@@ -1,0 +1,115 @@
+"""Create a backbone with random weights from a timm name or from the dotted path of a user's own network."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import timm
+import timm.data
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from finetune.errors import ConfigError, did_you_mean
+from finetune.stages import NORM_LAYERS
+from finetune.transforms import InputSpec
+
+
+def create_model(name: str, num_classes: int, **options: Any) -> nn.Module:
+    """Create a network with random weights, with a classifier for `num_classes`.
+
+    Args:
+        name: A timm model name, or the dotted path of a class or function that returns an `nn.Module`.
+        num_classes: Number of classes; passed on as `num_classes` (a dotted path that does not take it keeps its own).
+        **options: Further arguments of the model, such as `drop_rate`.
+
+    Raises:
+        ConfigError: If the name is not known, or the model does not take the options.
+    """
+    if timm.is_model(name):
+        build: Callable[..., Any] = timm.create_model
+        arguments: dict[str, Any] = {"model_name": name, "pretrained": False, "num_classes": num_classes}
+    elif "." in name and (name.partition(".")[0] not in timm.list_models()):
+        build, arguments = import_path(name), {}
+        if "num_classes" in _signature(build):
+            arguments["num_classes"] = num_classes
+    else:
+        raise ConfigError(
+            f"Unknown backbone '{name}'.{did_you_mean(name, timm.list_models())} Expected the name of a timm model or the "
+            "dotted path of your own nn.Module, such as my_package.MyNet."
+        )
+    try:
+        model = build(**arguments, **options)
+    except (TypeError, RuntimeError) as error:
+        raise ConfigError(f"The backbone '{name}' could not be created with {options or 'its defaults'}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"Expected '{name}' to return an nn.Module, found {type(model).__name__}.")
+    return model
+
+
+def import_path(path: str) -> Callable[..., Any]:
+    """Import a class or function by its dotted path.
+
+    Raises:
+        ConfigError: If it cannot be imported or is not there.
+    """
+    module_name, _, attribute = path.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(
+            f"The backbone '{path}' cannot be imported: {error}. Expected the name of a timm model, or the dotted path of "
+            "a class or function that can be imported from the working folder or the environment."
+        ) from error
+    found = getattr(module, attribute, None)
+    if not callable(found):
+        raise ConfigError(f"'{module_name}' has no class or function '{attribute}'.{did_you_mean(attribute, dir(module))}")
+    return found  # type: ignore[no-any-return]
+
+
+def _signature(build: Callable[..., Any]) -> Sequence[str]:
+    parameters = inspect.signature(build).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return [*parameters, *(["num_classes"] if takes_all else [])]
+
+
+def input_spec_of(model: nn.Module) -> InputSpec:
+    """Return the input that a timm model's weights expect; for any other network the default."""
+    if not hasattr(model, "pretrained_cfg"):
+        return InputSpec.default()
+    config = timm.data.resolve_model_data_config(model)
+    return InputSpec(
+        size=int(config["input_size"][-1]),
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        interpolation="bilinear" if config["interpolation"] == "bilinear" else "bicubic",
+        crop=float(config["crop_pct"]),
+    )
+
+
+def initialise(
+    backbone: nn.Module, head: nn.Module, init: str, *, bn_momentum: float | None = None, bn_eps: float | None = None
+) -> None:
+    """Start a network's layers and set the constants of its BatchNorm.
+
+    Args:
+        backbone: The network without its classifier.
+        head: The new head.
+        init: `default` leaves the layers as they were created; `kaiming` draws convolutions and the head from He et al. 2015
+            (normal, fan-out, ReLU) and sets normalisation layers to one and zero.
+        bn_momentum: Momentum of BatchNorm statistics, unless None.
+        bn_eps: Epsilon of BatchNorm, unless None.
+    """
+    for layer in [*backbone.modules(), *head.modules()]:
+        if isinstance(layer, _BatchNorm):
+            layer.momentum = layer.momentum if bn_momentum is None else bn_momentum
+            layer.eps = layer.eps if bn_eps is None else bn_eps
+        if init == "kaiming" and isinstance(layer, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        elif init == "kaiming" and isinstance(layer, NORM_LAYERS):
+            for name, parameter in layer.named_parameters(recurse=False):
+                nn.init.constant_(parameter, 1.0 if name == "weight" else 0.0)

@@ -1,0 +1,40 @@
+"""Callbacks that watch a run: a line per epoch, and early stopping that knows the phases."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback, EarlyStopping
+
+from finetune.freezing import phase_at
+from finetune.timetable import Timetable
+
+
+class EpochLine(Callback):
+    """Print one line per epoch with the metrics that matter."""
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print the line."""
+        shown = [
+            (name, trainer.callback_metrics[name])
+            for name in ("train/loss", "val/loss", "val/acc", "val/acc_macro")
+            if name in trainer.callback_metrics
+        ]
+        values = "  ".join(f"{name} {float(value):.4f}" for name, value in shown)
+        of = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
+        pl_module.print(f"epoch {trainer.current_epoch + 1}{of}  {values}")
+
+
+class PhaseEarlyStopping(EarlyStopping):
+    """Stop when the monitored metric no longer improves, but only in the last freezing phase.
+
+    A plateau of the linear probe is the sign to go on with the next phase, not to stop. Arguments are those of Lightning's
+    `EarlyStopping`.
+    """
+
+    def _run_early_stopping_check(self, trainer: L.Trainer) -> None:
+        rates: Any = getattr(trainer.lightning_module, "timetable", None)
+        if isinstance(rates, Timetable) and phase_at(rates.phases, trainer.current_epoch) != rates.phases[-1]:
+            return
+        super()._run_early_stopping_check(trainer)

@@ -1,0 +1,136 @@
+"""What a checkpoint carries beside Lightning's own content, and how one is read: plain values only, never pickled code."""
+
+from __future__ import annotations
+
+import enum
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from finetune.errors import CheckpointError, did_you_mean
+from finetune.transforms import InputSpec
+from finetune.version import __version__
+from finetune.weights import Report
+
+if TYPE_CHECKING:
+    from finetune.module import FinetuneModule
+
+KEY = "finetune"
+FORMAT = 1
+_FREE_TO_CHANGE = {"weights", "partial_weights", "memory_format", "class_names"}  # they do not change how a resumed run goes on
+
+
+def stamp(checkpoint: dict[str, Any], module: FinetuneModule) -> None:
+    """Add class names, normalisation, input size and the origin of the weights; make the hyper-parameters plain."""
+    checkpoint[KEY] = {
+        "format": FORMAT,
+        "version": __version__,
+        "class_path": f"{type(module).__module__}.{type(module).__qualname__}",
+        "class_names": module.class_names,
+        "input": plain(asdict(module.input_spec)),
+        "weights": module.weights_report.as_dict(),
+    }
+    for key in ("hyper_parameters", "datamodule_hyper_parameters"):
+        if key in checkpoint:
+            checkpoint[key] = plain(checkpoint[key])
+
+
+def adopt(checkpoint: Mapping[str, Any], module: FinetuneModule) -> None:
+    """Take over what `stamp` wrote.
+
+    Raises:
+        CheckpointError: If the checkpoint is of a newer format, has other classes than the data, or contradicts the options of
+            the run that it is to continue.
+    """
+    stamped = checkpoint.get(KEY)
+    if stamped is None:
+        return
+    if stamped["format"] > FORMAT:
+        raise CheckpointError(
+            f"The checkpoint has format {stamped['format']} (written by version {stamped['version']}), this is version "
+            f"{__version__} and reads up to {FORMAT}. Update with: pip install -U resnet-finetune"
+        )
+    names, mine = stamped["class_names"], module.class_names
+    if names and mine and list(names) != list(mine):
+        raise CheckpointError(
+            f"The checkpoint was trained on {len(names)} classes ({_shorten(names)}), the data has {len(mine)} "
+            f"({_shorten(mine)}). Use the data it was trained on, or start a new run from it with --model.weights CHECKPOINT."
+        )
+    trainer = module._trainer
+    if trainer is not None and trainer.state.fn == "fit":
+        refuse_other_options(checkpoint.get("hyper_parameters", {}), module.hparams)
+    module.class_names = names or mine
+    module.weights_report = Report.from_dict(stamped["weights"])
+    if mine is None:
+        module.input_spec = InputSpec(**{**stamped["input"], **{k: tuple(stamped["input"][k]) for k in ("mean", "std")}})
+
+
+def refuse_other_options(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Compare the model options of a checkpoint with those of the run that is to continue it.
+
+    Raises:
+        CheckpointError: If they differ; the message names both values.
+    """
+    new = plain(dict(new))
+    differ = [key for key in old if key in new and old[key] != new[key] and key not in _FREE_TO_CHANGE]
+    if differ:
+        lines = "\n".join(f"  {key}: {old[key]!r} in the checkpoint, {new[key]!r} now" for key in differ)
+        raise CheckpointError(
+            f"A resumed run continues with the model options of its checkpoint, but these differ:\n{lines}\n"
+            "Leave them as they were, or start a new run from the trained weights with --model.weights CHECKPOINT."
+        )
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a checkpoint of this toolkit without running pickled code.
+
+    Raises:
+        CheckpointError: If it is missing, damaged, or holds more than tensors and plain values.
+    """
+    path = Path(path)
+    if not path.is_file():
+        siblings = [p.name for p in path.parent.glob("*.ckpt")] if path.parent.is_dir() else []
+        raise CheckpointError(f"There is no checkpoint {path}.{did_you_mean(path.name, siblings)}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} holds more than tensors and plain values, and loading it would run code; it was not loaded. Expected a "
+            "checkpoint written by resnet-finetune."
+        ) from error
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged or no checkpoint: {str(error).splitlines()[0]}") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint or KEY not in checkpoint:
+        raise CheckpointError(f"{path} is no checkpoint of resnet-finetune: it lacks the entries 'state_dict' and '{KEY}'.")
+    return checkpoint
+
+
+def plain(value: Any) -> Any:
+    """Turn a value into one that loads with `weights_only=True`: str, numbers, bool, None, lists and dicts of them.
+
+    >>> plain({"path": Path("a"), "pair": (1, 2.0)})
+    {'path': 'a', 'pair': [1, 2.0]}
+    """
+    if isinstance(value, enum.Enum):
+        return plain(value.value)
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in value]
+    if hasattr(value, "tolist"):  # numpy and torch scalars and arrays
+        return plain(value.tolist())
+    for kind in (bool, int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    return os.fspath(value) if isinstance(value, os.PathLike) else str(value)
+
+
+def _shorten(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")

@@ -1,0 +1,410 @@
+"""A folder of pictures as a Lightning data module: classes, splits and loaders.
+
+Batches are dictionaries: `image` uint8 (N, 3, size, size), `label` int64 (N,) and `index` int64 (N,), the position in
+`files(split)`.
+
+The order of an epoch and what augmentation does to a picture are functions of (seed, epoch, picture), not of a stream of random
+numbers: the sampler reads from the trainer's loops in which epoch and at which batch it is. A run that is resumed in the middle
+of an epoch, or has another number of workers, therefore sees the batches that the plain run sees.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from finetune.errors import ConfigError, DataError, did_you_mean
+from finetune.folders import Picture, PictureFolder, Split, scan, summary, write_split
+from finetune.hardware import worker_count
+from finetune.images import read_image
+from finetune.randomness import global_seed, seed_of
+from finetune.sample import BUILT_IN
+from finetune.transforms import Augmentation, InputSpec, Transform, eval_transform, train_transform
+
+Batch = dict[str, Tensor]
+Position = Callable[[], tuple[int, int]]
+
+_FEW = 64  # below this number of pictures, starting processes takes longer than reading
+_BUILT_IN_SIZE = 32
+_NOT_TRUE_HERE = (
+    r"The '\w+_dataloader' does not have many workers",  # their number follows from cores and pictures, or was asked for
+    r"You're resuming from a checkpoint that ended before the epoch ended",  # the sampler goes on where it ended
+    r"Total length of `list` across ranks is zero",  # no validation was asked for
+)
+
+
+class FolderDataModule(L.LightningDataModule):
+    """Train, validate and test on a folder of pictures, or on built-in data.
+
+    Example:
+        >>> data = FolderDataModule("digits", batch_size=8, workers=0)
+        >>> data.num_classes
+        10
+        >>> batch = next(iter(data.val_dataloader()))
+        >>> batch["image"].shape, batch["image"].dtype
+        (torch.Size([16, 3, 32, 32]), torch.uint8)
+
+    Args:
+        root: A folder, arranged as <class>/<picture> or {train,val,test}/<class>/<picture>, or `digits`, which is built in
+            (for a folder of that name write ./digits).
+        batch_size: Pictures per training step and device.
+        augment: How much training pictures vary: none, light (crops of 60 to 100 %), medium (30 to 100 %, colours) or strong
+            (20 to 100 %, TrivialAugment, erased rectangles).
+        image_size: Height and width in pixels. By default what the weights expect, and 32 for the built-in digits.
+        hflip: Whether mirror images are the same class. By default yes, and no for the built-in digits.
+        val_fraction: Share of each class to validate with, if the folder has no validation split.
+        test_fraction: Share of each class to test with, if the folder has no test split.
+        split_seed: Another seed draws other pictures for these shares.
+        workers: Processes that read pictures. By default one per core up to 8, and none for fewer than 64 pictures.
+        eval_batch_size: Pictures per step and device in validation and test. By default twice the batch size.
+
+    Attributes:
+        input_spec: The input that the loaders deliver; `setup` asks the model for it.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str] = "digits",
+        batch_size: int = 32,
+        augment: Augmentation = "light",
+        image_size: int | None = None,
+        hflip: bool | None = None,
+        val_fraction: float = 0.2,
+        test_fraction: float = 0.0,
+        split_seed: int = 0,
+        workers: int | None = None,
+        eval_batch_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        root = _plain(root)
+        self.save_hyperparameters(logger=False)  # the model may have an option of the same name
+        self.root = root
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or 2 * batch_size
+        self.augment = augment
+        self.image_size = _BUILT_IN_SIZE if image_size is None and root in BUILT_IN else image_size
+        self.hflip = root not in BUILT_IN if hflip is None else hflip
+        self.val_fraction, self.test_fraction, self.split_seed = val_fraction, test_fraction, split_seed
+        self.workers = workers
+        self._check_options(eval_batch_size)
+        self.input_spec = self._resized(InputSpec.default())
+        self._restored: tuple[int, int] | None = None
+
+    def _check_options(self, eval_batch_size: int | None) -> None:
+        sizes = {"batch_size": self.batch_size, "eval_batch_size": eval_batch_size, "image_size": self.image_size}
+        for name, value in sizes.items():
+            if value is not None and value < 1:
+                raise ConfigError(f"Expected data.{name} to be at least 1, found {value}.")
+        if self.workers is not None and self.workers < 0:
+            raise ConfigError(f"Expected data.workers to be 0 or more, found {self.workers}.")
+        levels = get_args(Augmentation)
+        if self.augment not in levels:
+            hint = did_you_mean(str(self.augment), levels)
+            raise ConfigError(f"Unknown data.augment '{self.augment}'.{hint} Expected {', '.join(levels)}.")
+        val, test = self.val_fraction, self.test_fraction
+        if not (0 <= val < 1 and 0 <= test < 1 and val + test < 1):
+            raise ConfigError(
+                "Expected data.val_fraction and data.test_fraction to be 0 or more and together below 1, "
+                f"found {val} and {test}."
+            )
+
+    # -------------------------------------------------------------------------------------------------- what there is
+
+    @cached_property
+    def folder(self) -> PictureFolder:
+        """The classes and pictures; the folder is searched on first use, so no `setup` is needed."""
+        if make := BUILT_IN.get(self.root):
+            return scan(make())
+        try:
+            return scan(self.root, self.val_fraction, self.test_fraction, self.split_seed)
+        except DataError as error:
+            if Path(self.root).expanduser().exists():
+                raise
+            hint = did_you_mean(self.root, BUILT_IN)
+            raise DataError(f"{error}{hint} Expected a folder, or built-in data: {', '.join(BUILT_IN)}.") from None
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes; the position is the label."""
+        return list(self.folder.classes)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.folder.classes)
+
+    @property
+    def has_test(self) -> bool:
+        """Whether there are pictures to test on."""
+        return bool(self.folder.splits["test"])
+
+    def files(self, split: Split) -> list[Path]:
+        """Return the pictures of a split; `index` in a batch is the position here."""
+        return [self.folder.root / picture.file for picture in self.folder.splits[split]]
+
+    def labels(self, split: Split) -> list[int]:
+        """Return the labels of a split, in the order of `files`."""
+        return [picture.label for picture in self.folder.splits[split]]
+
+    # ---------------------------------------------------------------------------------------------- hooks of Lightning
+
+    def setup(self, stage: str) -> None:
+        """Ask the model for its input; before training, print what was found and write down a split that was drawn here."""
+        for message in _NOT_TRUE_HERE:
+            warnings.filterwarnings("ignore", message=message)
+        trainer = self.trainer
+        spec = getattr(trainer.lightning_module, "input_spec", None) if trainer else None
+        self.input_spec = self._resized(spec or InputSpec.default())
+        if stage != "fit":
+            return
+        self._restored = None
+        if trainer is None or trainer.is_global_zero:
+            print(summary(self.folder))
+        if trainer and self.folder.drawn:
+            run = trainer.log_dir  # asks all processes
+            if run and trainer.is_global_zero and (trainer.loggers or Path(run).resolve() != Path.cwd()):
+                write_split(self.folder, Path(run, "split.csv"))
+
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Return shuffled, augmented training batches; the pictures of an incomplete last batch wait for another epoch."""
+        seed = global_seed()
+        trainer: Any = self.trainer
+        pictures = self.folder.splits["train"]
+        transform = train_transform(self.input_spec, self.augment, self.hflip)
+        dataset = PictureDataset(self.folder.root, pictures, transform, seed)
+        if trainer and trainer.overfit_batches:
+            return self._loader(dataset, self.batch_size)
+        position = self._position if trainer else None
+        sampler = TrainSampler(dataset, self.batch_size, seed, position, *self._ranks())
+        return self._loader(dataset, self.batch_size, sampler, drop_last=len(sampler) > self.batch_size)
+
+    def val_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:
+        """Return the validation batches in the order of `files`; an empty list if there are no pictures to validate with."""
+        return self.eval_loader("val") if self.folder.splits["val"] else []
+
+    def test_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Return the test batches in the order of `files`.
+
+        Raises:
+            DataError: If there is no test split.
+        """
+        if not self.has_test:
+            raise DataError(
+                f"{self.folder.root} has no test split: expected a folder {self.folder.root / 'test'}/<class>/, or "
+                "data.test_fraction above 0 to draw one."
+            )
+        return self.eval_loader("test")
+
+    def eval_loader(self, split: Split) -> DataLoader[dict[str, Any]]:
+        """Return the pictures of a split once each, in the order of `files` and without augmentation.
+
+        Raises:
+            DataError: If there are fewer pictures than processes.
+        """
+        pictures = self.folder.splits[split]
+        dataset = PictureDataset(self.folder.root, pictures, eval_transform(self.input_spec))
+        world, rank = self._ranks()
+        if world == 1:
+            return self._loader(dataset, self.eval_batch_size)
+        if len(pictures) < world:
+            raise DataError(
+                f"The {split} split of {self.folder.root} has {len(pictures)} pictures, expected at least one for each of the "
+                f"{world} processes. Add pictures or use fewer devices."
+            )
+        return self._loader(dataset, _even(len(pictures), world, self.eval_batch_size), EvalSampler(dataset, world, rank))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where training stands, for the checkpoint."""
+        epoch, batches = self._position() if self.trainer else (0, 0)
+        return {"epoch": epoch, "batches": batches, "order": self._order_key}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over where training stands, for loaders that start before Lightning has restored its loops."""
+        self._restored = state_dict["epoch"], state_dict["batches"]
+        fits = self.trainer is not None and self.trainer.state.fn == "fit"
+        if fits and state_dict["batches"] and state_dict["order"] != self._order_key:
+            rank_zero_warn(
+                "The training pictures, the batch size or the seed are not those of the checkpoint, which was written within "
+                "an epoch: in the rest of this epoch some pictures are seen twice or not at all."
+            )
+
+    # ------------------------------------------------------------------------------------------------------- private
+
+    @property
+    def _order_key(self) -> int:
+        return seed_of(global_seed(), self.batch_size, *(picture.file for picture in self.folder.splits["train"]))
+
+    def _resized(self, spec: InputSpec) -> InputSpec:
+        return spec if self.image_size is None else replace(spec, size=self.image_size)
+
+    def _ranks(self) -> tuple[int, int]:
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+
+    def _position(self) -> tuple[int, int]:
+        """Return the epoch and how many of its batches are done, also before the loops have tidied up after a restart."""
+        assert self.trainer is not None
+        loop: Any = self.trainer.fit_loop
+        epoch, batch = loop.epoch_progress.current, loop.epoch_loop.batch_progress
+        if not epoch.ready and self._restored:
+            return self._restored
+        if epoch.started <= epoch.processed:
+            return epoch.processed, 0
+        if batch.is_last_batch:
+            return epoch.processed + 1, 0
+        return epoch.processed, batch.current.processed
+
+    def _loader(
+        self,
+        dataset: PictureDataset,
+        batch_size: int,
+        sampler: DistributedSampler[Any] | None = None,
+        drop_last: bool = False,
+    ) -> DataLoader[dict[str, Any]]:
+        workers, trainer = self.workers, cast(Any, self.trainer)
+        if workers is None:
+            nearby = trainer.num_devices if trainer else 1
+            workers = 0 if len(dataset) < _FEW else max(1, worker_count() // nearby)
+        pin = torch.cuda.is_available()
+        reloads = bool(trainer and trainer.reload_dataloaders_every_n_epochs)
+        return DataLoader(
+            dataset,
+            batch_size,
+            sampler=sampler,
+            drop_last=drop_last,
+            num_workers=workers,
+            persistent_workers=workers > 0 and not (pin and reloads),  # https://github.com/pytorch/pytorch/issues/91252
+            pin_memory=pin,
+        )
+
+
+class PictureDataset(Dataset[dict[str, Any]]):
+    """Pictures, read and transformed; an item is asked for by its index, or by (epoch, index) if the transform is random.
+
+    Args:
+        root: The folder that the paths start from.
+        pictures: Paths and labels.
+        transform: uint8 (3, height, width) -> uint8 (3, size, size).
+        seed: Seed of a random transform, which then depends on (seed, epoch, path) alone; None for one without randomness.
+    """
+
+    def __init__(self, root: Path, pictures: Sequence[Picture], transform: Transform, seed: int | None = None) -> None:
+        self.root = str(root)
+        self.pictures = pictures
+        self.transform = transform
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        file, label = self.pictures[index]
+        try:
+            image = read_image(os.path.join(self.root, file))
+        except DataError as error:
+            raise PictureError(str(error)) from None
+        if self.seed is None:
+            image = self.transform(image)
+        else:
+            with _seeded(seed_of(self.seed, epoch, file)):
+                image = self.transform(image)
+        return {"image": image, "label": label, "index": index}
+
+
+class PictureError(DataError):
+    """A picture that cannot be read; also when it was a worker process that tried, whose traceback is left out."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].rstrip())
+
+
+class TrainSampler(DistributedSampler[Any]):
+    """The order of an epoch as a function of (seed, epoch), from the batch on where the epoch stands.
+
+    It yields (epoch, index). Lightning leaves samplers of this base class as they are. The length is that of a whole epoch,
+    equal on all processes; a remainder waits for another epoch. Iterating again within an epoch, as loaders that are combined
+    with a longer one do, gives another order.
+
+    Args:
+        dataset: The pictures.
+        batch_size: Pictures per batch and process.
+        seed: Seed of the order.
+        position: Returns the epoch and how many batches of it are done; if None, the epoch is that of `set_epoch`.
+        world: Number of processes.
+        rank: Number of this process.
+    """
+
+    def __init__(
+        self, dataset: Dataset[Any], batch_size: int, seed: int, position: Position | None = None, world: int = 1, rank: int = 0
+    ) -> None:
+        super().__init__(dataset, num_replicas=world, rank=rank, seed=seed)
+        self.batch_size = batch_size
+        self.position = position
+        self.pictures: int = len(dataset)  # type: ignore[arg-type]
+        self.num_samples = max(1, self.pictures // world)
+        self.total_size = self.num_samples * world
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        epoch, done = self.position() if self.position else (self.epoch, 0)
+        turn, skip = divmod(done, max(1, self.num_samples // self.batch_size))
+        generator = torch.Generator().manual_seed(seed_of(self.seed, "order", epoch, turn))
+        order = torch.randperm(self.pictures, generator=generator).tolist()
+        order *= -(-self.total_size // self.pictures)  # fewer pictures than processes
+        mine = order[self.rank : self.total_size : self.num_replicas]
+        return iter([(epoch, index) for index in mine[skip * self.batch_size :]])
+
+
+class EvalSampler(DistributedSampler[Any]):
+    """Every picture once: a process takes each `world`-th, in order."""
+
+    def __init__(self, dataset: Dataset[Any], world: int, rank: int) -> None:
+        super().__init__(dataset, num_replicas=world, rank=rank, shuffle=False)
+        self.mine = range(rank, len(dataset), world)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.mine)
+
+    def __len__(self) -> int:
+        return len(self.mine)
+
+
+def _even(pictures: int, world: int, batch_size: int) -> int:
+    """Enlarge the batch size so far that all processes have as many batches.
+
+    DistributedDataParallel exchanges buffers in every forward pass, so a process with fewer of them would fall out of step.
+
+    >>> _even(9, world=2, batch_size=4)  # 5 and 4 pictures
+    5
+    """
+    most = -(-pictures // world)
+    while pictures % world and most % batch_size == 1 % batch_size:
+        batch_size += 1
+    return batch_size
+
+
+def _plain(root: str | os.PathLike[str]) -> str:
+    """Return the folder as a string; a path object always means a folder, also if built-in data have that name."""
+    text = os.fspath(root)
+    return os.path.join(os.curdir, text) if text in BUILT_IN and not isinstance(root, str) else text
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed torch's generator on the CPU for a while; unlike `torch.manual_seed` it leaves those of the GPUs alone."""
+    state = torch.get_rng_state()
+    try:
+        torch.default_generator.manual_seed(seed)
+        yield
+    finally:
+        torch.set_rng_state(state)

@@ -1,0 +1,345 @@
+"""From a folder of pictures to classes and splits, the same on every machine.
+
+Two layouts are understood; pictures may lie anywhere below the folder of their class:
+
+    root/{train,val,test}/<class>/**/<picture>      also `valid` or `validation`; upper or lower case
+    root/<class>/**/<picture>                       split here
+
+Classes are the folders of the training split in the order of their names, and the other splits are held to them: a class that a
+split lacks leaves its number unused. A split made here is a function of (seed, path of the picture), so adding pictures
+hardly moves the others.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Literal, NamedTuple, TypeAlias
+
+from tabulate import tabulate
+
+from finetune.errors import DataError, did_you_mean
+from finetune.images import IMAGE_SUFFIXES
+from finetune.randomness import seed_of
+
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
+_NAMES: Mapping[str, Split] = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+_HIDDEN = frozenset({"__MACOSX", "@eaDir"})  # what archives of macOS and disks on the network leave behind
+_ARRANGE = "Arrange the pictures as {0}/<class>/<picture>, or as {0}/train/<class>/<picture> and {0}/val/<class>/<picture>."
+_Tree: TypeAlias = dict[str, list[str]]  # class -> paths of its pictures
+
+
+class Picture(NamedTuple):
+    """A picture of a class.
+
+    Attributes:
+        file: Path below the root, with forward slashes.
+        label: Number of its class.
+    """
+
+    file: str
+    label: int
+
+
+@dataclass(frozen=True)
+class PictureFolder:
+    """What `scan` found.
+
+    Attributes:
+        root: The folder.
+        classes: Names of the classes; the position is the label.
+        splits: The pictures of each split in the order of their paths.
+        drawn: The splits that were not there as folders and were drawn from the training pictures.
+        skipped: What was left out, and how often: "hidden", "not a picture", "broken link", "outside a class folder".
+    """
+
+    root: Path
+    classes: tuple[str, ...]
+    splits: Mapping[Split, Sequence[Picture]]
+    drawn: tuple[Split, ...]
+    skipped: Mapping[str, int]
+
+    def counts(self, split: Split) -> list[int]:
+        """Return the number of pictures of each class."""
+        found = Counter(picture.label for picture in self.splits[split])
+        return [found[label] for label in range(len(self.classes))]
+
+
+def scan(
+    root: str | os.PathLike[str], val_fraction: float = 0.2, test_fraction: float = 0.0, split_seed: int = 0
+) -> PictureFolder:
+    """Find classes and pictures; draw the splits that have no folder of their own from the training pictures.
+
+    Args:
+        root: The folder.
+        val_fraction: Share of each class to draw for validation if there is no folder for it.
+        test_fraction: The same for the test.
+        split_seed: Another seed draws other pictures.
+
+    Raises:
+        DataError: If the folder is missing, arranged in no known way, holds fewer than two classes, an empty class, or a class
+            in validation or test that training does not know.
+    """
+    folder = _existing(Path(root).expanduser())
+    skipped: Counter[str] = Counter()
+    trees = {split: _read_classes(folder, name, skipped) for split, name in _layout(folder, skipped).items()}
+    classes = _check_classes(folder, trees)
+    fractions: dict[Split, float] = {"val": val_fraction, "test": test_fraction}
+    missing: dict[Split, float] = {split: share for split, share in fractions.items() if split not in trees and share > 0}
+    trees |= _draw(trees["train"], missing, split_seed)
+    splits = {
+        split: [Picture(file, label) for label, name in enumerate(classes) for file in trees.get(split, {}).get(name, [])]
+        for split in SPLITS
+    }
+    return PictureFolder(folder, tuple(classes), splits, tuple(missing), dict(skipped))
+
+
+def find_pictures(places: Sequence[str | os.PathLike[str]]) -> list[Path]:
+    """Return the pictures in folders, searched to the bottom in the order of names, and the files that are named themselves.
+
+    Args:
+        places: Folders and files.
+
+    Raises:
+        DataError: If a place does not exist or there is no picture at all.
+    """
+    found: list[Path] = []
+    for place in places:
+        path = Path(place).expanduser()
+        if path.is_file():
+            found.append(path)
+        else:
+            found += [path / file for file in sorted(_walk(str(_existing(path)), Counter()), key=_order)]
+    if not found:
+        where = ", ".join(map(str, places)) or "an empty list"
+        raise DataError(f"There is no picture in {where}: expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}.")
+    return found
+
+
+def summary(folder: PictureFolder, most: int = 30) -> str:
+    """Return a table of pictures per class and split, and what was skipped.
+
+    Args:
+        folder: What `scan` found.
+        most: Up to this many classes are listed; more are summed up.
+    """
+    counts = {split: folder.counts(split) for split in SPLITS}
+    if len(folder.classes) <= most:
+        first = "class"
+        rows = [[name, *(counts[split][label] for split in SPLITS)] for label, name in enumerate(folder.classes)]
+    else:
+        first = f"{len(folder.classes)} classes"
+        parts: dict[str, Callable[[list[int]], float]] = {"smallest": min, "median": median, "largest": max}
+        rows = [[name, *(round(part(counts[split])) for split in SPLITS)] for name, part in parts.items()]
+        smallest = sorted(range(len(folder.classes)), key=lambda label: counts["train"][label])[:5]
+        rows += [[folder.classes[label], *(counts[split][label] for split in SPLITS)] for label in smallest]
+    rows.append(["total", *(sum(counts[split]) for split in SPLITS)])
+    heads = [f"{split} (drawn)" if split in folder.drawn else split for split in SPLITS]
+    table = tabulate(rows, [first, *heads], disable_numparse=[0])
+    skipped = ", ".join(f"{number} {kind}" for kind, number in sorted(folder.skipped.items()))
+    return f"{folder.root}\n{table}" + (f"\nskipped: {skipped}" if skipped else "")
+
+
+def write_split(folder: PictureFolder, path: Path) -> None:
+    """Write down which picture is in which split: a CSV file with the columns file, label (name of the class) and split.
+
+    A file that says the same already is left alone.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["file", "label", "split"])
+    for split in SPLITS:
+        writer.writerows([picture.file, folder.classes[picture.label], split] for picture in folder.splits[split])
+    content = text.getvalue().encode("utf-8", "surrogateescape")
+    if path.is_file() and path.read_bytes() == content:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_bytes(content)
+    beside.replace(path)
+
+
+# ------------------------------------------------------------------------------------------------------------ the layout
+
+
+def _existing(folder: Path) -> Path:
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise DataError(f"{folder} is a file, expected a folder. If it is an archive, unpack it first.")
+    parent = folder.parent
+    siblings = [entry.name for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []
+    raise DataError(f"There is no folder {folder} (seen from {Path.cwd()}).{did_you_mean(folder.name, siblings)}")
+
+
+def _layout(root: Path, skipped: Counter[str]) -> dict[Split, str]:
+    """Return the folder of each split below the root; pictures that are not split yet have the folder "" of `train`."""
+    names, loose = _subfolders(str(root), skipped)
+    if not names and loose:
+        raise DataError(f"{root} holds {loose} pictures but no class folders. {_ARRANGE.format(root)}")
+    if not names:
+        raise DataError(f"{root} holds no class folders. {_ARRANGE.format(root)}")
+    skipped.update({"outside a class folder": loose} if loose else {})
+    found = [name for name in names if name.lower() in _NAMES]
+    if not found or not _are_splits(root, names, found):
+        return {"train": ""}
+    layout: dict[Split, str] = {}
+    for name in found:
+        split = _NAMES[name.lower()]
+        if split in layout:
+            raise DataError(f"{root} holds both '{layout[split]}' and '{name}': expected one folder for {split}. Remove one.")
+        layout[split] = name
+    if "train" not in layout:
+        raise DataError(f"{root} holds {_list(found)} but no 'train'. {_ARRANGE.format(root)}")
+    return layout
+
+
+def _are_splits(root: Path, names: Sequence[str], found: Sequence[str]) -> bool:
+    """Tell splits from classes that are called so, such as the vehicle `train` beside `car` and `bus`."""
+    if len(found) == len(names):
+        return True
+    with_classes = [name for name in found if _subfolders(str(root / name), Counter())[0]]
+    if with_classes and {_NAMES[name.lower()] for name in found} == {"train"}:
+        others = [name for name in names if name not in found]
+        raise DataError(
+            f"{root} can be read in two ways: '{found[0]}' with folders of its own may be a split or a class beside "
+            f"{_list(others)}. Move {_list(others)} away, or rename '{found[0]}' if it is a class."
+        )
+    return bool(with_classes)
+
+
+def _read_classes(root: Path, split: str, skipped: Counter[str]) -> _Tree:
+    """Return the pictures of each class folder; paths are below the root and in order."""
+    top = root / split
+    names, loose = _subfolders(str(top), Counter() if not split else skipped)
+    if split:
+        skipped.update({"outside a class folder": loose} if loose else {})
+        if not names and loose:
+            raise DataError(f"{top} holds {loose} pictures but no class folders. {_ARRANGE.format(root)}")
+    above = {_identity(str(root)), _identity(str(top))}
+    tree: _Tree = {}
+    for name in names:
+        prefix = f"{split}/{name}/" if split else f"{name}/"
+        files = [prefix + file for file in _walk(str(top / name), skipped, above)]
+        tree.setdefault(unicodedata.normalize("NFC", name), []).extend(files)
+    return {name: sorted(files, key=_order) for name, files in tree.items()}
+
+
+def _check_classes(root: Path, trees: Mapping[Split, _Tree]) -> list[str]:
+    classes = sorted(trees["train"])
+    if empty := [name for name in classes if not trees["train"][name]]:
+        raise DataError(
+            f"In the training pictures of {root}, {_list(empty)} holds no picture. Add some (files ending in "
+            f"{', '.join(sorted(IMAGE_SUFFIXES))}) or remove the folder."
+        )
+    if len(classes) < 2:
+        raise DataError(f"{root} holds {len(classes)} class ({_list(classes)}), expected at least 2. {_ARRANGE.format(root)}")
+    for split in ("val", "test"):
+        unknown = [name for name, files in trees.get(split, {}).items() if files and name not in trees["train"]]
+        if unknown:
+            raise DataError(
+                f"The {split} split of {root} holds {_list(unknown)}, which is no class of the training split."
+                f"{did_you_mean(unknown[0], classes)} Rename or remove it, or add training pictures of that class."
+            )
+    return classes
+
+
+def _list(names: Iterable[str], most: int = 5) -> str:
+    quoted = [f"'{name}'" for name in names]
+    return ", ".join(quoted[:most]) + (f" and {len(quoted) - most} more" if len(quoted) > most else "")
+
+
+# -------------------------------------------------------------------------------------------------------------- the files
+
+
+def _subfolders(path: str, skipped: Counter[str]) -> tuple[list[str], int]:
+    """Return the names of the folders that are not hidden, and how many pictures lie beside them."""
+    names, pictures = [], 0
+    for entry in _entries(path):
+        kind = _kind(entry)
+        if kind == "folder":
+            names.append(entry.name)
+        elif kind == "picture":
+            pictures += 1
+        else:
+            skipped[kind] += 1
+    return names, pictures
+
+
+def _walk(top: str, skipped: Counter[str], above: Iterable[tuple[int, int]] = ()) -> Iterator[str]:
+    """Yield the pictures below a folder, as paths from it; links are followed, but into no folder twice and not upwards."""
+    seen = set(above) | {_identity(top)}
+    waiting = [(top, "")]
+    while waiting:
+        path, prefix = waiting.pop()
+        for entry in _entries(path):
+            kind = _kind(entry)
+            if kind == "picture":
+                yield prefix + entry.name
+            elif kind != "folder":
+                skipped[kind] += 1
+            elif (identity := _identity(entry.path)) not in seen:
+                seen.add(identity)
+                waiting.append((entry.path, f"{prefix}{entry.name}/"))
+
+
+def _entries(path: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(path) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise DataError(f"The folder {path} cannot be read: {error.strerror or error}. Check its permissions.") from error
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    """Return "folder", "picture", or the reason to skip the entry."""
+    if entry.name.startswith(".") or entry.name in _HIDDEN:
+        return "hidden"
+    try:
+        if entry.is_dir():
+            return "folder"
+        if os.path.splitext(entry.name)[1].lower() not in IMAGE_SUFFIXES:
+            return "not a picture"
+        return "picture" if entry.is_file() else "broken link"
+    except OSError:  # a link to itself
+        return "broken link"
+
+
+def _identity(path: str) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def _order(path: str) -> str:
+    """Order by code points; systems store accents in one character or in two."""
+    return path if path.isascii() else unicodedata.normalize("NFC", path)
+
+
+# -------------------------------------------------------------------------------------------------------------- the draw
+
+
+def _draw(train: _Tree, fractions: Mapping[Split, float], seed: int) -> dict[Split, _Tree]:
+    """Draw validation pictures from one end of each class in the order of hashes, test pictures from the other."""
+    drawn: dict[Split, _Tree] = {split: {} for split in ("train", *fractions)}
+    for name, files in train.items():
+        order = sorted(files, key=lambda file: (seed_of(seed, _order(file)), file))
+        val = _share(len(files), fractions.get("val", 0), len(files) - 1)
+        test = _share(len(files), fractions.get("test", 0), len(files) - 1 - val)
+        parts = {"val": order[:val], "test": order[len(order) - test :], "train": order[val : len(order) - test]}
+        for split, tree in drawn.items():
+            tree[name] = sorted(parts[split], key=_order)
+    return drawn
+
+
+def _share(number: int, fraction: float, most: int) -> int:
+    """Return a rounded share: at least 1 and at most `most`, and 0 where nothing is asked for or can be spared."""
+    return min(max(1, round(number * fraction)), max(0, most)) if fraction > 0 else 0

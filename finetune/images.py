@@ -1,0 +1,134 @@
+"""Reading a picture file into a uint8 tensor, whatever its format, bit depth, palette, transparency or EXIF rotation.
+
+The usual JPEG goes through torchvision's decoder, which takes little more than half the time of Pillow's; a walk over the
+segments of its header tells whether it is a usual one. Pillow reads all else: for other formats the gain is small, and
+torchvision 0.29 ends the process (segmentation fault) on some damaged PNG files. That release also deprecates its decoders in
+favour of another package: where they are gone, Pillow reads everything, with the same result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import os
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision  # noqa: F401  registers the operator that decodes
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from finetune.errors import DataError
+
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm"}
+)
+"""File name endings, in lower case, by which a picture is recognised in a folder."""
+
+_DECODE: Any = getattr(torch.ops.image, "decode_image", None)  # the operator itself, as the function around it warns
+_RGB = 3  # torchvision.io.ImageReadMode.RGB
+_REMEDY = "Replace the file, or remove it from the folder."
+
+
+def read_image(path: str | os.PathLike[str]) -> Tensor:
+    """Read a picture as RGB, turned upright as its EXIF orientation says.
+
+    Transparent pixels are laid on white. 16-bit values are scaled to 8 bits. Of an animation or a multi-page file it is the
+    first picture.
+
+    Args:
+        path: A file in one of the formats of `IMAGE_SUFFIXES`; the content decides, not the name.
+
+    Returns:
+        uint8 tensor of shape (3, height, width); the channels are last in memory, which makes resizing a third faster.
+
+    Raises:
+        DataError: If the file cannot be read, is empty, cut off, no picture, or has more pixels than Pillow's safety limit
+            (`PIL.Image.MAX_IMAGE_PIXELS`).
+    """
+    data = _read_bytes(path)
+    if _DECODE is not None and 0 < _plain_jpeg_pixels(data) <= (Image.MAX_IMAGE_PIXELS or math.inf):
+        with contextlib.suppress(RuntimeError):  # Pillow then reads it or says what is wrong
+            decoded: Tensor = _DECODE(torch.frombuffer(data, dtype=torch.uint8), _RGB, True)
+            return decoded
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on metadata, palettes and size: what matters becomes an error below
+            return _read_with_pillow(data)
+    except UnidentifiedImageError:
+        start = bytes(data[:8])
+        raise DataError(f"{path} is not a picture in a known format: it starts with {start!r}. {_REMEDY}") from None
+    except Exception as error:  # Pillow raises nearly everything on broken files: OSError, SyntaxError, struct.error, ...
+        raise DataError(f"{path} cannot be read as a picture: {error}. {_REMEDY}") from error
+
+
+def _read_bytes(path: str | os.PathLike[str]) -> bytearray:
+    try:
+        with open(path, "rb") as file:
+            data = bytearray(os.fstat(file.fileno()).st_size)
+            del data[file.readinto(data) :]
+    except OSError as error:
+        raise DataError(f"{path} cannot be opened: {error.strerror or error}. Check the path and its permissions.") from error
+    if not data:
+        raise DataError(f"{path} is empty: expected a picture, found 0 bytes. {_REMEDY}")
+    return data
+
+
+def _plain_jpeg_pixels(data: bytearray) -> int:
+    """Return the number of pixels of a JPEG that torchvision decodes as Pillow does, and 0 for any other file.
+
+    That is one of 8 bits, grey or with three colours, and with EXIF, if any, in the first APP1 segment.
+    """
+    if not data.startswith(b"\xff\xd8\xff"):
+        return 0
+    position, app1_seen = 2, False
+    while position + 10 <= len(data) and data[position] == 0xFF:
+        marker, length = data[position + 1], int.from_bytes(data[position + 2 : position + 4], "big")
+        if marker == 0xE1 and not app1_seen:
+            app1_seen = True
+            if data[position + 4 : position + 8] != b"Exif":
+                return 0  # torchvision looks no further, yet EXIF may follow XMP
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height, width = (int.from_bytes(data[position + at : position + at + 2], "big") for at in (5, 7))
+            return height * width if data[position + 4] == 8 and data[position + 9] in (1, 3) else 0
+        position += 2 + length
+    return 0
+
+
+def _read_with_pillow(data: bytearray) -> Tensor:
+    image: Image.Image
+    with Image.open(io.BytesIO(data)) as image:
+        width, height = image.size
+        if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
+            raise ValueError(
+                f"it has {width} x {height} pixels, more than the limit of {Image.MAX_IMAGE_PIXELS} "
+                "(PIL.Image.MAX_IMAGE_PIXELS, against decompression bombs); make it smaller or raise the limit"
+            )
+        image.load()
+        with contextlib.suppress(Exception):  # damaged EXIF says nothing about the pixels
+            image = ImageOps.exif_transpose(image)
+        pixels = np.array(_to_rgb(image))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _to_8_bits(image)
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Scale grey values of 16 bits (which Pillow would clip at 255), or floating-point ones between 0 and 1."""
+    values = np.asarray(image).astype(np.float64)
+    limit = 1.0 if image.mode == "F" else 65535.0
+    if not (values.min() >= 0 and values.max() <= limit):
+        raise ValueError(
+            f"its grey values go from {values.min():g} to {values.max():g}, expected 0 to {limit:g}; save it with 8 or 16 bits"
+        )
+    return Image.fromarray(np.rint(values * (255 / limit)).astype(np.uint8))

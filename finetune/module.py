@@ -1,0 +1,387 @@
+"""FinetuneModule: a pretrained backbone in stages, a linear head, and everything that must never be skewed between them.
+
+    pictures (uint8) → normalise → backbone → features → head → logits → loss, metrics
+
+Subclasses change it at named seams: `features`, `head`, `loss`, `param_groups`. All optimizer groups exist from the first step;
+freezing only toggles `requires_grad` and modes, and is a function of the epoch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchmetrics import MetricCollection
+
+from finetune import checkpoints
+from finetune.backbones import create_model, initialise, input_spec_of
+from finetune.errors import DataError
+from finetune.freezing import Phase, phase_at, plan
+from finetune.metrics import build_metrics
+from finetune.optim import StageRates, build_groups, build_optimizer
+from finetune.options import check_options
+from finetune.randomness import global_seed, seed_of
+from finetune.schedules import ScheduleName
+from finetune.stages import HEAD, norm_parameters, split_head
+from finetune.timetable import Timetable, build_timetable, run_length
+from finetune.weights import load_weights
+
+BatchNormMode = Literal["auto", "frozen", "train"]
+
+
+class FinetuneModule(L.LightningModule):
+    """Fine-tune a backbone for image classification.
+
+    Args:
+        backbone: A timm model name, or the dotted path of your own nn.Module class (or of a function that returns one).
+        num_classes: Number of classes. The command takes it from the data.
+        class_names: Their names in the order of the labels. The command, and a trainer, take them from the data.
+        backbone_args: Further arguments of the backbone, such as {drop_rate: 0.2, drop_path_rate: 0.1}.
+        weights: Where the weights come from: auto, hub, none, a .safetensors or .pth file, or a checkpoint of this toolkit.
+        partial_weights: Accept a weights file that does not fill the whole backbone; what is missing starts random.
+        init: How layers start that no weights fill: default (the backbone's own way) or kaiming (He et al. 2015, fan-out).
+        freezing: What trains when: full, head, last:N, gradual[:K], lp_ft[:LENGTH], surgical:STAGES, norm, or a list of phases.
+        bn: BatchNorm statistics. auto: they move where the layer trains; frozen: nowhere; train: everywhere.
+        bn_momentum: Momentum of BatchNorm statistics; the backbone's own if null.
+        bn_eps: Epsilon of BatchNorm; the backbone's own if null.
+        optimizer: sgd (with Nesterov momentum), adamw, or any timm optimizer by name.
+        optimizer_args: Further arguments of the optimizer, such as {betas: [0.9, 0.99]}.
+        lr: Learning rate of the head.
+        lr_decay: Factor of the learning rate per stage from the head towards the stem (0.38 is ULMFiT's 1/2.6).
+        lr_scale: Factors of lr in place of lr_decay: one number for all stages before the head (0.1), or a mapping from stages.
+        momentum: Momentum of the optimizer, where it has one.
+        weight_decay: Weight decay; never applied to biases and normalisation layers.
+        schedule: How the learning rate goes after the warm-up: cosine, flat or step.
+        warmup_epochs: Epochs of linear warm-up.
+        warmup_steps: Steps of linear warm-up, instead of warmup_epochs.
+        ramp_epochs: Epochs over which the learning rate of a newly unfrozen stage rises to its value.
+        min_lr_ratio: Where cosine ends, as a share of the learning rate.
+        step_milestones: Where step drops the learning rate, as shares of the run.
+        step_drop: By what step multiplies the learning rate.
+        label_smoothing: Label smoothing of the training loss (Szegedy et al. 2016).
+        memory_format: Layout of pictures in memory: auto (channels_last, but on Apple GPUs), channels_last, contiguous.
+
+    Raises:
+        ConfigError: If options are unknown or contradict each other.
+        WeightsError: If the weights cannot be had or do not fit.
+    """
+
+    mean: Tensor
+    std: Tensor
+    _phase: Phase | None = None
+    timetable: Timetable | None = None
+
+    def __init__(
+        self,
+        backbone: str = "resnet18",
+        *,
+        num_classes: int,
+        class_names: list[str] | None = None,
+        backbone_args: dict[str, Any] | None = None,
+        weights: str = "auto",
+        partial_weights: bool = False,
+        init: Literal["default", "kaiming"] = "default",
+        freezing: str | list[dict[str, Any]] = "full",
+        bn: BatchNormMode = "auto",
+        bn_momentum: float | None = None,
+        bn_eps: float | None = None,
+        optimizer: str = "sgd",
+        optimizer_args: dict[str, Any] | None = None,
+        lr: float = 0.01,
+        lr_decay: float = 1.0,
+        lr_scale: float | dict[str, float] | None = None,
+        momentum: float = 0.9,
+        weight_decay: float = 1e-4,
+        schedule: ScheduleName = "cosine",
+        warmup_epochs: float = 0.0,
+        warmup_steps: int = 0,
+        ramp_epochs: float = 0.5,
+        min_lr_ratio: float = 0.0,
+        step_milestones: list[float] | None = None,
+        step_drop: float = 0.1,
+        label_smoothing: float = 0.0,
+        memory_format: Literal["auto", "channels_last", "contiguous"] = "auto",
+    ) -> None:
+        super().__init__()
+        weights = os.fspath(weights)
+        self.save_hyperparameters()
+        check_options(self.hparams)
+        self.class_names = class_names
+        self.backbone = create_model(backbone, num_classes, **(backbone_args or {}))
+        self.input_spec = input_spec_of(self.backbone)
+        classifier, self.stages = split_head(self.backbone)
+        self.head: nn.Module = nn.Linear(classifier.in_features, num_classes)
+        initialise(self.backbone, self.head, init, bn_momentum=bn_momentum, bn_eps=bn_eps)
+        self.weights_report = load_weights(
+            self.backbone,
+            self.head,
+            source=weights,
+            backbone_name=backbone,
+            classifier=classifier.name,
+            stages=self.stages,
+            partial=partial_weights,
+            backbone_options=backbone_args,
+            class_names=class_names,
+        )
+        self._never_trained = {name for name, p in self.named_parameters() if not p.requires_grad}
+        self.metrics = nn.ModuleDict(
+            {f"{split}_metrics": build_metrics(split, num_classes) for split in ("train", "val", "test")}
+        )
+        self.register_buffer("mean", torch.tensor(self.input_spec.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(self.input_spec.std).view(1, 3, 1, 1), persistent=False)
+        if memory_format == "auto":
+            memory_format = "contiguous" if torch.backends.mps.is_available() else "channels_last"
+        self._format = torch.channels_last if memory_format == "channels_last" else torch.contiguous_format
+        self.to(memory_format=self._format)
+
+    # ---------------------------------------------------------------------------------------------- pictures to logits
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Bring pictures to what the weights expect.
+
+        Args:
+            images: (N, 3, H, W), uint8, or float in [0, 1].
+
+        Raises:
+            DataError: If float pictures leave [0, 1], as they do when they were normalised before.
+        """
+        if images.dtype == torch.uint8:
+            images = images.to(self.mean.dtype).div_(255)
+        else:
+            low, high = (float(x) for x in images.aminmax())
+            if not (low >= -0.1 and high <= 1.1):  # resizing with bicubic overshoots a little
+                raise DataError(
+                    f"Expected pictures as uint8, or as float between 0 and 1; found float between {low:.3g} and {high:.3g}. "
+                    "The module applies mean and standard deviation itself: leave Normalize out of your transforms."
+                )
+        return images.sub(self.mean).div_(self.std).contiguous(memory_format=self._format)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Map pictures (N, 3, H, W) to what the head sees (N, C)."""
+        return self.backbone(self.normalise(images)).flatten(1)  # type: ignore[no-any-return]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map pictures (N, 3, H, W), uint8 or float in [0, 1], to logits (N, num_classes)."""
+        return self.head(self.features(images))  # type: ignore[no-any-return]
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the mean cross-entropy; label smoothing applies in training only.
+
+        Args:
+            logits: (N, num_classes).
+            labels: (N,), class indices.
+        """
+        smoothing = self.hparams["label_smoothing"] if self.training else 0.0
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+
+    # --------------------------------------------------------------------------------------------------------- stages
+
+    @property
+    def stage_names(self) -> list[str]:
+        """Names of all stages in the order of the network, the head last."""
+        return [*(stage.name for stage in self.stages), HEAD]
+
+    def stage_parameters(self) -> dict[str, list[str]]:
+        """Map each stage to the names of its parameters; what a subclass added beside them goes by its attribute's name."""
+        members = {stage.name: [f"backbone.{name}" for name in stage.parameters] for stage in self.stages}
+        placed = {name for names in members.values() for name in names}
+        for name, _ in self.named_parameters():
+            if name not in placed:
+                members.setdefault(name.partition(".")[0], []).append(name)
+        return members
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Return the optimizer groups, one per stage and kind of weight decay, each with its own rate in it."""
+        options = StageRates(
+            lr=self.hparams["lr"],
+            lr_decay=self.hparams["lr_decay"],
+            lr_scale=self.hparams["lr_scale"],
+            weight_decay=self.hparams["weight_decay"],
+        )
+        return build_groups(dict(self.named_parameters()), self.stage_parameters(), self.stage_names, options)
+
+    def apply_phase(self, phase: Phase) -> None:
+        """Let the stages of a phase train and freeze the others: their weights, gradients and statistics stay as they are."""
+        self._set_trainable(phase)
+        self._phase = phase
+        self.train(self.training)
+
+    def _set_trainable(self, phase: Phase) -> None:
+        norms = {f"backbone.{name}" for name in norm_parameters(self.backbone)} if phase.norms else set()
+        parameters = dict(self.named_parameters())
+        names = set(self.stage_names)
+        for stage, members in self.stage_parameters().items():
+            for name in members:
+                trains = (stage in phase.train or stage not in names or name in norms) and name not in self._never_trained
+                parameters[name].requires_grad_(trains)
+                if not trains:
+                    parameters[name].grad = None  # a stale gradient would still move the weight (momentum, decay)
+
+    def train(self, mode: bool = True) -> FinetuneModule:
+        """Set the mode of the module; frozen stages stay in eval mode, whoever calls this."""
+        super().train(mode)
+        if mode and self._phase is not None:
+            self._hold_frozen(self._phase)
+        return self
+
+    def _hold_frozen(self, phase: Phase) -> None:
+        moving = phase.norms or self.hparams["bn"] == "train"
+        for stage in self.stages:
+            if stage.name in phase.train:
+                continue
+            for module in (part for outer in stage.modules for part in self.backbone.get_submodule(outer).modules()):
+                module.training = moving and isinstance(module, _BatchNorm)
+        if self.hparams["bn"] == "frozen":
+            for module in self.backbone.modules():
+                if isinstance(module, _BatchNorm):
+                    module.training = False
+
+    # ---------------------------------------------------------------------------------------------------------- steps
+
+    def unpack(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return pictures and labels of a batch: a mapping with `image` and `label`, or a pair."""
+        if isinstance(batch, Mapping) and {"image", "label"} <= set(batch):
+            return batch["image"], batch["label"]
+        if isinstance(batch, Sequence) and len(batch) >= 2:
+            return batch[0], batch[1]
+        found = f"a mapping with {sorted(batch)}" if isinstance(batch, Mapping) else type(batch).__name__
+        raise DataError(f"Expected a batch with 'image' and 'label', or a pair (images, labels); found {found}.")
+
+    def _step(self, batch: Any, split: str) -> Tensor:
+        images, labels = self.unpack(batch)
+        logits = self(images)
+        loss = self.loss(logits, labels)
+        self._metrics_of(split).update(logits.detach(), labels)
+        self.log(f"{split}/loss", loss, on_step=False, on_epoch=True, batch_size=len(labels), sync_dist=split != "train")
+        return loss
+
+    def _metrics_of(self, split: str) -> MetricCollection:
+        metrics = self.metrics[f"{split}_metrics"]
+        assert isinstance(metrics, MetricCollection)
+        return metrics
+
+    def _log_metrics(self, split: str) -> None:
+        metrics = self._metrics_of(split)
+        values = metrics.compute()
+        metrics.reset()
+        for name, value in values.items():
+            self.log(name, value, prog_bar=name.endswith("/acc"))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss of a training batch."""
+        return self._step(batch, "train")
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Add a validation batch to the metrics."""
+        self._step(batch, "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Add a test batch to the metrics."""
+        self._step(batch, "test")
+
+    def on_train_epoch_end(self) -> None:
+        """Log the training metrics of the epoch."""
+        self._log_metrics("train")
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation metrics."""
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test metrics."""
+        self._log_metrics("test")
+
+    # ------------------------------------------------------------------------------------------------------- training
+
+    def setup(self, stage: str) -> None:
+        """Take class names and input size from the data; work out the phases of the run."""
+        data = getattr(self.trainer, "datamodule", None)
+        self.class_names = list(getattr(data, "classes", None) or []) or self.class_names
+        self.input_spec = getattr(data, "input_spec", None) or self.input_spec
+        if stage == "fit":
+            phases = plan(self.hparams["freezing"], self.stage_names, run_length(self.trainer))
+            self._phase = None
+            self.train()
+            everything = Phase(tuple(self.stage_names), False, 0, 1)
+            self._set_trainable(phases[0] if len(phases) == 1 else everything)  # what may thaw must be known to DDP
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimizer with all groups, and a scheduler that multiplies each by its factor at every step."""
+        optimizer = build_optimizer(
+            self.hparams["optimizer"], self.param_groups(), self.hparams["momentum"], self.hparams["optimizer_args"]
+        )
+        stages = [group["stage"] for group in optimizer.param_groups]
+        factors = [self._factor_of(stage) for stage in stages]
+        self._scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._scheduler, "interval": "step"}}
+
+    def _factor_of(self, stage: str) -> Callable[[int], float]:
+        return lambda step: self.timetable.factor(stage, step) if self.timetable else 1.0
+
+    def on_train_start(self) -> None:
+        """Fix the timetable of phases and rates, now that the epoch and the length of an epoch are known."""
+        self.timetable = build_timetable(self.trainer, self.stage_names, self.hparams)
+        for group, rate in zip(self.trainer.optimizers[0].param_groups, self._scheduled_rates(), strict=False):
+            group["lr"] = rate
+        self.apply_phase(phase_at(self.timetable.phases, self.current_epoch))
+        self.print(self.weights_report.summary())
+        self.print(self.timetable.table(self.trainer.optimizers[0].param_groups))
+        never = self.timetable.never_trained(self.weights_report.untrained)
+        if never:
+            self.print(
+                f"warning: {', '.join(never)} start from random weights and never train: what they compute stays random. Give "
+                "pretrained weights, or train everything (--model.freezing full --model.bn train, or the recipe scratch)."
+            )
+
+    def _scheduled_rates(self) -> list[float]:
+        scheduler = getattr(self, "_scheduler", None)
+        if scheduler is None:  # a subclass has its own configure_optimizers
+            return []
+        step = scheduler.last_epoch
+        scheduler._last_lr = [base * fn(step) for base, fn in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+        return list(scheduler._last_lr)
+
+    def on_train_epoch_start(self) -> None:
+        """Enter the phase of the epoch."""
+        assert self.timetable is not None
+        phase = phase_at(self.timetable.phases, self.current_epoch)
+        if phase != self._phase:
+            self.apply_phase(phase)
+            self.print(self.timetable.announce(self.current_epoch))
+        else:
+            self.train()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed what is random in the step (dropout, stochastic depth) by its place in the run; log the learning rates."""
+        torch.manual_seed(seed_of(global_seed(), "step", self.current_epoch, batch_idx, self.global_rank))
+        if self.global_step % getattr(self.trainer, "log_every_n_steps", 50) == 0 and self.trainer.loggers:
+            rates = {f"lr/{g['stage']}": g["lr"] for g in self.trainer.optimizers[0].param_groups if "stage" in g}
+            for logger in self.trainer.loggers:
+                logger.log_metrics(rates, step=self.global_step)
+
+    # ---------------------------------------------------------------------------------------------------- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Let class names, normalisation, input size and the origin of the weights travel inside, as plain values."""
+        checkpoints.stamp(checkpoint, self)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take class names and input size from a checkpoint, and refuse one that contradicts the options of a resumed run."""
+        checkpoints.adopt(checkpoint, self)
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, **kwargs: Any) -> FinetuneModule:  # type: ignore[override]
+        """Load a checkpoint without running pickled code and without looking for the pretrained weights again.
+
+        Args:
+            checkpoint_path: The file.
+            **kwargs: Values that replace those in the checkpoint, and the other arguments of Lightning's method.
+        """
+        kwargs = {"weights": "none", "weights_only": True, "map_location": "cpu", **kwargs}
+        return super().load_from_checkpoint(checkpoint_path, **kwargs)

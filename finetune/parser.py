@@ -1,0 +1,128 @@
+"""The command's parser: what is wrong in one sentence, with the nearest right name, instead of a page of usage."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from finetune.errors import did_you_mean
+
+
+class Parser(LightningArgumentParser):
+    """A parser whose errors are short and name the nearest right key, class or value."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print what is wrong and leave with exit code 2.
+
+        Args:
+            message: What the parser says.
+            ex: The exception behind it.
+        """
+        options = [text for action in self._actions for text in action.option_strings]
+        print(f"error: {explain(message, options)}", file=sys.stderr)
+        print(f"For all options: {self.prog} --help", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def explain(message: str, options: Iterable[str] = ()) -> str:
+    """Turn a message of jsonargparse into one that a newcomer can act on; an unknown one stays as it is.
+
+    Args:
+        message: The original message.
+        options: The option strings that the parser knows, such as `--trainer.max_epochs`.
+    """
+    for pattern, rewrite in _PATTERNS:
+        match = re.search(pattern, message, re.DOTALL)
+        if match:
+            return str(rewrite(match, list(options)))
+    return message.strip()
+
+
+def _unrecognised(match: re.Match[str], options: list[str]) -> str:
+    first = match[1].split("=")[0]
+    groups = ["--model.", "--data.", "--trainer.", "--run."]
+    known = [*options, *(f"{group}{name}" for group, names in _init_options().items() for name in names)]
+    prefix = next((group for group in groups if first.startswith(group)), "")
+    hint = did_you_mean(first, [option for option in known if option.startswith(prefix)] or known)
+    return f"There is no option '{first}'.{hint}"
+
+
+def _no_init_option(match: re.Match[str], _: list[str]) -> str:
+    class_path, name = match[1], match[2].split(".")[0]
+    known = _init_names(class_path)
+    return f"{class_path.rpartition('.')[2]} has no option '{name}'.{did_you_mean(name, known)} It has: {', '.join(known)}."
+
+
+def _no_attribute(match: re.Match[str], _: list[str]) -> str:
+    module, name = match[1], match[2]
+    names = [n for n in dir(importlib.import_module(module)) if not n.startswith("_")]
+    return f"The module '{module}' has no class '{name}'.{did_you_mean(name, names)}"
+
+
+def _no_module(match: re.Match[str], _: list[str]) -> str:
+    near = [path.stem for path in Path().glob("*.py")] + [path.parent.name for path in Path().glob("*/__init__.py")]
+    return (
+        f"The module '{match[1]}' cannot be imported.{did_you_mean(match[1], [*near, 'finetune'])} "
+        "A class path is MODULE.CLASS, where MODULE lies in the working folder or is installed."
+    )
+
+
+def _literal(match: re.Match[str], _: list[str]) -> str:
+    key, choices, found = match[1], re.findall(r"'([^']*)'", match[2]), match[3].strip()
+    return f"{key}: expected one of {', '.join(choices)}; found '{found}'.{did_you_mean(found, choices)}"
+
+
+def _wrong_type(match: re.Match[str], _: list[str]) -> str:
+    return f"{match[1]}: expected {match[2]}; found '{match[3].strip()}'."
+
+
+def _not_expected(match: re.Match[str], options: list[str]) -> str:
+    key = match[1]
+    tops = sorted({option.removeprefix("--").split(".")[0] for option in options if option.startswith("--")})
+    keys = [option.removeprefix("--") for option in options if option.startswith("--")]
+    return f"There is no key '{key}'.{did_you_mean(key, tops if '.' not in key else keys)}"
+
+
+def _wrong_command(match: re.Match[str], _: list[str]) -> str:
+    return f"There is no command '{match[1]}'.{did_you_mean(match[1], re.findall(chr(39) + r'([a-z-]+)' + chr(39), match[2]))}"
+
+
+_PATTERNS: list[tuple[str, Any]] = [
+    (r"[Uu]nrecognized arguments: (\S+)", _unrecognised),
+    (r"given class_path '([\w.]+)':\s+Option '([\w.]+)' is not accepted", _no_init_option),
+    (r"given class_path '([\w.]+)':.*?(?:Key|Option|Group) '([\w.]+)' (?:is not|does not)", _no_init_option),
+    (r"module '([\w.]+)' has no attribute '(\w+)'", _no_attribute),
+    (r"No module named '([\w.]+)'", _no_module),
+    (r"Parser key \"([\w.]+)\":\s+Expected a typing\.Literal\[([^\]]*)\]\. Got value: ([^\n]*)", _literal),
+    (r"Parser key \"([\w.]+)\":\s+Expected an? <class '(\w+)'>\. Got value: ([^\n]*)", _wrong_type),
+    (r"(?:Key|Option) '([\w.]+)' is not (?:expected|accepted)", _not_expected),
+    (r"invalid choice: '([^']+)' \(choose from ([^)]*)\)", _wrong_command),
+]
+
+
+def _init_options() -> dict[str, list[str]]:
+    return {
+        "--model.": _init_names("finetune.FinetuneModule"),
+        "--data.": _init_names("finetune.FolderDataModule"),
+    }
+
+
+def _init_names(class_path: str) -> list[str]:
+    """Return the names that a class takes, those of its bases included where it passes keywords on."""
+    module, _, name = class_path.rpartition(".")
+    names: dict[str, None] = {}
+    for base in getattr(importlib.import_module(module), name).__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = list(inspect.signature(base.__init__).parameters.values())[1:]
+        names.update({p.name: None for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)})
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return list(names)

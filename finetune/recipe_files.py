@@ -1,0 +1,75 @@
+"""Recipes: YAML files that ship with the package, found by name from any folder. Needs no torch."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from finetune.errors import ConfigError, did_you_mean
+
+
+def recipes_folder() -> Path:
+    """Return the folder of the built-in recipes: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).parent
+    return next(folder for folder in (package / "recipes", package.parent / "recipes") if folder.is_dir())
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the built-in recipes."""
+    return sorted(path.stem for path in recipes_folder().glob("*.yaml"))
+
+
+def find_recipe(name: str) -> Path:
+    """Return the file that `--config NAME` means: a file of that path, or a built-in recipe of that name.
+
+    Raises:
+        ConfigError: If there is neither; the message names the nearest file or recipe.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    stem = path.stem if path.suffix in (".yaml", ".yml") else path.name
+    if stem in recipe_names() and path.parent in (Path(), Path("recipes")):
+        return recipes_folder() / f"{stem}.yaml"
+    beside = {str(path.parent / p.name): None for p in path.parent.glob("*.y*ml")} if path.parent.is_dir() else {}
+    hint = did_you_mean(name, [*recipe_names(), *beside]) or did_you_mean(stem, recipe_names())
+    raise ConfigError(
+        f"There is no file or recipe '{name}'.{hint} Expected a YAML file or one of the recipes: {', '.join(recipe_names())}."
+    )
+
+
+def header(path: Path) -> list[str]:
+    """Return the comment lines that open a recipe, without the `#`."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#").strip())
+    return lines
+
+
+def list_recipes() -> str:
+    """Return the list of recipes with the purpose that each states in the first two lines of its header."""
+    width = max(map(len, recipe_names()))
+    entries = []
+    for name in recipe_names():
+        first, second = [*header(recipes_folder() / f"{name}.yaml"), "", ""][:2]
+        entries.append(f"{name:<{width}}  {first}\n{'':<{width}}  {second}".rstrip())
+    return "\n".join(entries)
+
+
+def copy_recipe(name: str, target: Path) -> None:
+    """Copy a recipe so that it can be edited.
+
+    Raises:
+        ConfigError: If the recipe is not known or the target exists.
+    """
+    if name not in recipe_names():
+        raise ConfigError(
+            f"There is no recipe '{name}'.{did_you_mean(name, recipe_names())} There are: {', '.join(recipe_names())}."
+        )
+    if target.exists():
+        raise ConfigError(f"{target} exists already and is not overwritten: choose another name or remove it.")
+    if not target.parent.is_dir():
+        raise ConfigError(f"The folder {target.parent} does not exist: make it first.")
+    shutil.copyfile(recipes_folder() / f"{name}.yaml", target)

@@ -1,0 +1,151 @@
+"""A run's folder `runs/<name>/<time>/`: finding it, logging into it, and writing checkpoints that are whole or not there."""
+
+from __future__ import annotations
+
+import csv
+import os
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.loggers.csv_logs import CSVLogger, ExperimentWriter
+
+from finetune.errors import CheckpointError, ConfigError, did_you_mean
+
+CHECKPOINTS = "checkpoints"
+CONFIG = "config.yaml"
+_SHARED = "RESNET_FINETUNE_RUN"  # how the first process tells those that it starts
+
+
+def new_run(root: Path, name: str) -> Path:
+    """Make the folder of a new run; two runs that start in the same second get two folders.
+
+    Raises:
+        ConfigError: If the folder cannot be made.
+    """
+    if getattr(rank_zero_only, "rank", 0) != 0 and _SHARED in os.environ:
+        return Path(os.environ[_SHARED])
+    time = datetime.now().astimezone().strftime("%Y-%m-%d_%H-%M-%S")
+    number = 1
+    while True:
+        run = root / name / (time if number == 1 else f"{time}-{number}")
+        try:
+            run.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            reason = f"The run's folder {run} cannot be made: {error.strerror}."
+            raise ConfigError(f"{reason} Choose another with --run.folder.") from error
+        else:
+            os.environ[_SHARED] = str(run)
+            return run
+
+
+def find_checkpoint(what: str, root: Path, name: str | None = None, prefer: str = "best") -> Path:
+    """Find the checkpoint that a user means.
+
+    Args:
+        what: A file, a run's folder, or `last`: the newest run that has a checkpoint.
+        root: Where runs are kept.
+        name: For `last`, look among the runs of this name only.
+        prefer: Which checkpoint of a run's folder is meant, `best` or `last`.
+
+    Raises:
+        CheckpointError: If there is none.
+    """
+    if what == "last":
+        found = root.glob(f"{name or '*'}/*/{CHECKPOINTS}/last.ckpt")
+        newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
+        if newest is None:
+            where = root / name if name else root
+            raise CheckpointError(f"There is no run with a checkpoint in {where}: start one without --ckpt_path.")
+        return newest
+    path = Path(what)
+    if path.is_dir():
+        kept = [path / CHECKPOINTS / f"{kind}.ckpt" for kind in dict.fromkeys((prefer, "best", "last"))]
+        inside = next((checkpoint for checkpoint in kept if checkpoint.is_file()), None)
+        if inside is None:
+            raise CheckpointError(f"The folder {path} holds no checkpoint: expected {kept[0]}.")
+        return inside
+    if not path.is_file():
+        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise CheckpointError(
+            f"There is no checkpoint {path}.{did_you_mean(path.name, siblings)} "
+            "Expected a .ckpt file, a run's folder, or 'last'."
+        )
+    return path
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """Return the run's folder that a checkpoint lies in, or None if it lies elsewhere."""
+    return checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS else None
+
+
+class RunLogger(CSVLogger):
+    """Write `metrics.csv` into a run's folder; a resumed run goes on with the file that is there.
+
+    Args:
+        run: The run's folder.
+        until: Optimizer steps that the checkpoint has done; rows of later steps, which will be done again, are dropped.
+    """
+
+    def __init__(self, run: Path, until: int | None = None) -> None:
+        super().__init__(save_dir=run.parent.parent, name=run.parent.name, version=run.name)
+        self._until = until
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The writer of the file."""
+        if self._experiment is None:
+            self._experiment = _Writer(self.log_dir, self._until)
+        return self._experiment
+
+
+class _Writer(ExperimentWriter):
+    def __init__(self, log_dir: str, until: int | None) -> None:
+        super().__init__(log_dir)
+        file = Path(self.metrics_file_path)
+        if not file.is_file():
+            return
+        with file.open(newline="") as handle:
+            reader = csv.DictReader(handle)
+            rows, self.metrics_keys = list(reader), list(reader.fieldnames or [])
+        kept = [row for row in rows if until is None or int(row["step"]) < until]
+        partial = file.with_name(f"{file.name}.part")
+        with partial.open("w", newline="") as handle:
+            writer = csv.DictWriter(handle, fieldnames=self.metrics_keys)
+            writer.writeheader()
+            writer.writerows(kept)
+        os.replace(partial, file)
+
+    def _check_log_dir_exists(self) -> None:
+        """Keep what is there: the folder is ours, and Lightning would delete `metrics.csv`."""
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Write a checkpoint beside its place and move it there when it is whole, so that a kill leaves the previous one."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Save a checkpoint.
+
+        Args:
+            checkpoint: What to save.
+            path: Where to.
+            storage_options: Must be None.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.part")
+        try:
+            with partial.open("wb") as handle:
+                torch.save(checkpoint, handle)
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)

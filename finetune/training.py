@@ -1,0 +1,284 @@
+"""The verbs that need a trainer, `fit`, `validate` and `test`, through LightningCLI."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from tabulate import tabulate
+
+from finetune import checkpoints, hardware
+from finetune.arguments import resolve
+from finetune.callbacks import EpochLine, PhaseEarlyStopping
+from finetune.errors import ConfigError
+from finetune.hub import available
+from finetune.parser import Parser
+from finetune.runs import CHECKPOINTS, CONFIG, AtomicCheckpointIO, RunLogger, new_run, run_of
+from finetune.sample import BUILT_IN
+from finetune.version import __version__
+
+
+@dataclass
+class RunOptions:
+    """Where a run is kept and which checkpoint of it is the best.
+
+    Args:
+        name: Name of the run's folder; the recipe's name if null.
+        folder: Where runs are kept: FOLDER/NAME/TIME/.
+        monitor: The metric that chooses best.ckpt.
+        mode: Whether more or less of the metric is better.
+        patience: Stop after this many epochs of the last phase without a better metric; never if null.
+    """
+
+    name: str | None = None
+    folder: str = "runs"
+    monitor: str = "val/acc"
+    mode: Literal["max", "min"] = "max"
+    patience: int | None = None
+
+
+def run(words: list[str]) -> None:
+    """Run a verb: `fit`, `validate` or `test` and its options."""
+    typed = {word.partition("=")[0] for word in words}
+    words = resolve(words)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # devices found, tips, where checkpoints were loaded from
+    with warnings.catch_warnings():
+        for message in _EXPECTED_WARNINGS:
+            warnings.filterwarnings("ignore", message=message)
+        FinetuneCLI(
+            typed,
+            L.LightningModule,
+            L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            trainer_defaults=_trainer_defaults(),
+            seed_everything_default=0,
+            parser_class=Parser,
+            parser_kwargs={"prog": "resnet-finetune", "version": __version__},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            save_config_kwargs={"overwrite": True},
+            args=words,
+        )
+
+
+_EXPECTED_WARNINGS = (
+    r".*The number of training batches",  # metrics are logged by epoch; only learning rates follow log_every_n_steps
+    r".*does not have many workers",  # the data module chose the number of workers from the cores
+    r".*LeafSpec.*",  # Lightning 2.6 under torch 2.14, in every fit
+    r".*Checkpoint directory .* exists and is not empty",  # a resumed run goes on in its own folder
+)
+
+
+def _trainer_defaults() -> dict[str, Any]:
+    return {
+        "max_epochs": 10,
+        "precision": hardware.best_precision(),
+        "enable_model_summary": False,  # the table of stages says more
+        "log_every_n_steps": 10,
+        "num_sanity_val_steps": 0,
+    }
+
+
+def _num_classes(data: Any) -> int:
+    """Return the number of classes of a data module, which knows it as `num_classes` or as the length of `classes`."""
+    number = getattr(data, "num_classes", None)
+    if number is None and getattr(data, "classes", None) is not None:
+        number = len(data.classes)
+    if number is None:
+        raise ConfigError(
+            f"The data module {type(data).__name__} does not say how many classes there are: expected an attribute or property "
+            "'num_classes' (or 'classes') that is ready before setup(). Add one to it."
+        )
+    return int(number)
+
+
+def _class_names(data: Any) -> list[str] | None:
+    names = getattr(data, "classes", None)
+    return None if names is None else [str(name) for name in names]
+
+
+class FinetuneCLI(LightningCLI):
+    """LightningCLI with our defaults, the run's folder, and resume as a run's owner would expect it.
+
+    Args:
+        typed: The options that stand on the command line, as opposed to a configuration file.
+        *args: Arguments of LightningCLI.
+        **kwargs: Arguments of LightningCLI.
+    """
+
+    def __init__(self, typed: Collection[str], *args: Any, **kwargs: Any) -> None:
+        self.typed = typed
+        super().__init__(*args, **kwargs)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the run's options, the default classes, and the link from the data's classes to the model."""
+        parser.add_class_arguments(RunOptions, "run")
+        parser.set_defaults({"model": {"class_path": "finetune.FinetuneModule"}})
+        parser.set_defaults({"data": {"class_path": "finetune.FolderDataModule"}})
+        parser.link_arguments("data", "model.init_args.num_classes", compute_fn=_num_classes, apply_on="instantiate")
+        parser.link_arguments("data", "model.init_args.class_names", compute_fn=_class_names, apply_on="instantiate")
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Leave out `predict`, which is a verb of ours."""
+        return {verb: skip for verb, skip in LightningCLI.subcommands().items() if verb != "predict"}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the words that were given, whatever `sys.argv` holds."""
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the flags as they are: Lightning would let the checkpoint's values override them without a word."""
+
+    def before_instantiate_classes(self) -> None:
+        """Decide on weights before the model looks for them."""
+        config = self.config[self.subcommand]
+        options = config.model.get("init_args") or {}
+        self.resumes = Path(config.ckpt_path) if config.get("ckpt_path") else None
+        if "weights" not in options:
+            return
+        root = (config.data.get("init_args") or {}).get("root")
+        if self.resumes is not None:
+            config.model.init_args.weights = "none"  # the checkpoint brings them
+        elif options["weights"] == "auto" and root in BUILT_IN and not available(options["backbone"]):
+            self._start_random(config.model.init_args)
+
+    def _start_random(self, options: Any) -> None:
+        """Fall back to random weights, on the built-in data only; nothing random may stay frozen."""
+        options.weights = "none"
+        for name, value in {"freezing": "full", "bn": "train", "lr_decay": 1.0}.items():
+            if f"--model.{name}" not in self.typed:
+                options[name] = value
+        print(
+            f"\n*** No pretrained weights for {options.backbone} can be had here: not in the cache, and the hub does not answer.\n"
+            "*** As this is only the built-in data, training starts from RANDOM weights, and everything trains instead of\n"
+            "*** what the recipe freezes. For your own pictures give weights: --model.weights FILE (docs/weights.md)\n"
+        )
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Build the trainer with the run's folder, its loggers and its checkpoints."""
+        config = {**self._get(self.config_init, "trainer"), **kwargs}
+        options = self._get(self.config_init, "run")
+        self.run_folder: Path | None = None
+        self._warn_of_emulation(config["precision"])
+        config["strategy"] = self._strategy(config)
+        config["enable_progress_bar"] = (
+            config["enable_progress_bar"] if config["enable_progress_bar"] is not None else _is_terminal()
+        )
+        callbacks: list[L.Callback] = []
+        if self.subcommand == "fit" and not config["fast_dev_run"]:
+            self.run_folder = self._run_folder(options)
+            config["default_root_dir"] = str(self.run_folder)
+            config["logger"] = self._loggers(config["logger"], self.run_folder)
+            config["plugins"] = _with_checkpoint_io(config["plugins"])
+            callbacks = self._callbacks(options, self.run_folder)
+            if (self.run_folder / CONFIG).exists():
+                self.save_config_kwargs = {**self.save_config_kwargs, "config_filename": "config.resumed.yaml"}
+        else:
+            config["logger"] = config["logger"] or False
+            self.save_config_callback = None
+        return self._instantiate_trainer(config, callbacks)
+
+    def _run_folder(self, options: RunOptions) -> Path:
+        home = run_of(self.resumes) if self.resumes is not None else None
+        return home or new_run(Path(options.folder), options.name or "run")
+
+    def _loggers(self, given: Any, run_folder: Path) -> Any:
+        if given is False:
+            return False
+        until = None
+        if self.resumes is not None:
+            until = int(checkpoints.read(self.resumes)["global_step"])
+        others = [] if given in (None, True) else given if isinstance(given, list) else [given]
+        return [RunLogger(run_folder, until), *others]
+
+    def _callbacks(self, options: RunOptions, run_folder: Path) -> list[L.Callback]:
+        self.best = ModelCheckpoint(
+            dirpath=run_folder / CHECKPOINTS,
+            filename="best",
+            monitor=options.monitor,
+            mode=options.mode,
+            save_last=True,
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        )
+        callbacks: list[L.Callback] = [self.best, EpochLine()]
+        if options.patience is not None:
+            callbacks.append(PhaseEarlyStopping(options.monitor, mode=options.mode, patience=options.patience))
+        return callbacks
+
+    def _strategy(self, config: dict[str, Any]) -> Any:
+        """Several processes must look for unused parameters where stages thaw during the run, and only there."""
+        policy = getattr(self.model, "hparams", {}).get("freezing", "full")
+        thaws = not isinstance(policy, str) or policy.partition(":")[0] in ("gradual", "lp_ft")
+        several = hardware.device_count(config["devices"]) * int(config["num_nodes"]) > 1
+        if config["strategy"] == "auto" and several and thaws:
+            return "ddp_find_unused_parameters_true"
+        return config["strategy"]
+
+    @staticmethod
+    def _warn_of_emulation(precision: Any) -> None:
+        if str(precision).startswith("bf16") and hardware.bf16_is_emulated():
+            print("warning: this machine computes bfloat16 in software: --trainer.precision 32-true is many times faster")
+
+    def after_fit(self) -> None:
+        """Test the best checkpoint if there is a test split, and say where things are and what to type next."""
+        if self.run_folder is None or not self.trainer.is_global_zero:
+            return
+        chosen = Path(self.best.best_model_path or self.best.last_model_path or "")
+        if not chosen.is_file():
+            print("No checkpoint was written: the run ended before its first epoch did.")
+            return
+        score = self.best.best_model_score
+        if score is not None:
+            print(f"\nbest {self.best.monitor} {float(score):.4f} ({_relative(chosen)})")
+        if self._has_test():
+            results = self.trainer.test(datamodule=self.datamodule, ckpt_path=str(chosen), weights_only=True, verbose=False)
+            print(_metric_table(results))
+        print(
+            f"files  {_relative(self.run_folder)}/  ({CONFIG}, metrics.csv, {CHECKPOINTS}/best.ckpt, {CHECKPOINTS}/last.ckpt)"
+        )
+        print(f"next   resnet-finetune predict {_relative(self.run_folder)} PICTURES --out predictions.csv")
+
+    def _has_test(self) -> bool:
+        has = getattr(self.datamodule, "has_test", None)
+        return bool(has) if has is not None else is_overridden("test_dataloader", self.datamodule, L.LightningDataModule)
+
+    def validate(self, **kwargs: Any) -> None:
+        """Validate and print the metrics."""
+        print(_metric_table(self.trainer.validate(verbose=False, **{k: v for k, v in kwargs.items() if k != "verbose"})))
+
+    def test(self, **kwargs: Any) -> None:
+        """Test and print the metrics."""
+        print(_metric_table(self.trainer.test(verbose=False, **{k: v for k, v in kwargs.items() if k != "verbose"})))
+
+
+def _metric_table(results: Any) -> str:
+    rows = [(name, f"{float(value):.4f}") for result in results for name, value in result.items()]
+    return tabulate(rows, headers=["metric", "value"], disable_numparse=True, colalign=("left", "right"))
+
+
+def _with_checkpoint_io(plugins: Any) -> list[Any]:
+    given = [] if plugins is None else plugins if isinstance(plugins, list) else [plugins]
+    return given if any(isinstance(plugin, CheckpointIO) for plugin in given) else [*given, AtomicCheckpointIO()]
+
+
+def _relative(path: Path) -> Path:
+    path = path.absolute()
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _is_terminal() -> bool:
+    return sys.stderr.isatty()
