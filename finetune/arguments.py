@@ -15,8 +15,8 @@ _OURS = ("--config", "-c", "--ckpt_path", "--run.folder")
 def resolve(words: Sequence[str]) -> list[str]:
     """Turn recipe names into files, and a run or `last` into its checkpoint.
 
-    A checkpoint without `--config` takes the configuration of its run; the words that follow override it. A recipe gives the run
-    its name.
+    A checkpoint without `--config` takes the configuration of its run; the words that follow override it. A recipe gives
+    the run its name.
 
     Args:
         words: The verb and its options.

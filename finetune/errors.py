@@ -36,6 +36,21 @@ class CheckpointError(FinetuneError):
     """A checkpoint that is missing, unreadable or contradicts the options."""
 
 
+def own_error(error: BaseException | None) -> FinetuneError | None:
+    """Return the error of ours that a library wrapped into one of its own, or None.
+
+    >>> own_error(ValueError("plain")) is None
+    True
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, FinetuneError):
+            return error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def did_you_mean(word: str, options: Iterable[str]) -> str:
     """Return a sentence naming the nearest option, or an empty string if none is near.
 

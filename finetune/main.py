@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from finetune.errors import FinetuneError, did_you_mean
+from finetune.errors import FinetuneError, did_you_mean, own_error
 from finetune.recipe_files import copy_recipe, list_recipes
 from finetune.version import __version__
 
@@ -51,8 +51,11 @@ def main(args: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if args is None else args)
     try:
         _dispatch(words)
-    except FinetuneError as error:
-        _leave(_own_words(error))
+    except Exception as error:
+        own = own_error(error)
+        if own is None:
+            raise
+        _leave(_own_words(own))
 
 
 def _dispatch(words: list[str]) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from finetune.errors import did_you_mean
+from finetune.errors import did_you_mean, own_error
 
 
 class Parser(LightningArgumentParser):
@@ -25,9 +25,12 @@ class Parser(LightningArgumentParser):
             message: What the parser says.
             ex: The exception behind it.
         """
+        if own := own_error(ex):
+            raise own
         options = [text for action in self._actions for text in action.option_strings]
         print(f"error: {explain(message, options)}", file=sys.stderr)
-        print(f"For all options: {self.prog} --help", file=sys.stderr)
+        words = self.prog.replace(" [options]", "").split()
+        print(f"For all options: {' '.join([words[0], *(words[1:] or ['fit'])])} --help", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -85,9 +88,9 @@ def _wrong_type(match: re.Match[str], _: list[str]) -> str:
 
 def _not_expected(match: re.Match[str], options: list[str]) -> str:
     key = match[1]
-    tops = sorted({option.removeprefix("--").split(".")[0] for option in options if option.startswith("--")})
     keys = [option.removeprefix("--") for option in options if option.startswith("--")]
-    return f"There is no key '{key}'.{did_you_mean(key, tops if '.' not in key else keys)}"
+    known = [*keys, *(f"{group[2:]}{name}" for group, names in _init_options().items() for name in names)]
+    return f"There is no option '{key}'.{did_you_mean(key, known)}"
 
 
 def _wrong_command(match: re.Match[str], _: list[str]) -> str:
@@ -103,6 +106,7 @@ _PATTERNS: list[tuple[str, Any]] = [
     (r"Parser key \"([\w.]+)\":\s+Expected a typing\.Literal\[([^\]]*)\]\. Got value: ([^\n]*)", _literal),
     (r"Parser key \"([\w.]+)\":\s+Expected an? <class '(\w+)'>\. Got value: ([^\n]*)", _wrong_type),
     (r"(?:Key|Option) '([\w.]+)' is not (?:expected|accepted)", _not_expected),
+    (r"Subcommand '\w+' does not accept option '([\w.]+)'", _not_expected),
     (r"invalid choice: '([^']+)' \(choose from ([^)]*)\)", _wrong_command),
 ]
 

@@ -122,9 +122,8 @@ def predict_to_csv(
         raise ConfigError(f"{target} exists already and is not overwritten: give another --out, or --overwrite.")
     if topk < 1 or batch_size < 1:
         raise ConfigError(f"Expected --topk and --batch_size to be at least 1, found {topk} and {batch_size}.")
+    model = load_model(checkpoint).to(_device(device))
     total = len(find_pictures(pictures))
-    model = load_model(checkpoint)
-    model.to(_device(device))
     rows = predict(model, pictures, topk=topk, batch_size=batch_size, workers=workers)
     failed = _write(tqdm(rows, total=total, unit="picture", disable=None), target, min(topk, model.hparams["num_classes"]))
     print(

@@ -65,7 +65,7 @@ def run(words: list[str]) -> None:
             trainer_defaults=_trainer_defaults(),
             seed_everything_default=0,
             parser_class=Parser,
-            parser_kwargs={"prog": "resnet-finetune", "version": __version__},
+            parser_kwargs=_PARSER_OPTIONS,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             save_config_kwargs={"overwrite": True},
@@ -73,11 +73,15 @@ def run(words: list[str]) -> None:
         )
 
 
+_STRICT = {"allow_abbrev": False}
+_PARSER_OPTIONS = {"prog": "resnet-finetune", "version": __version__, **_STRICT}
+_PARSER_OPTIONS |= dict.fromkeys(("fit", "validate", "test"), _STRICT)
 _EXPECTED_WARNINGS = (
     r".*The number of training batches",  # metrics are logged by epoch; only learning rates follow log_every_n_steps
     r".*does not have many workers",  # the data module chose the number of workers from the cores
     r".*LeafSpec.*",  # Lightning 2.6 under torch 2.14, in every fit
     r".*Checkpoint directory .* exists and is not empty",  # a resumed run goes on in its own folder
+    r".*callbacks used to create the checkpoint need to be provided",  # `test` and `validate` keep no checkpoints
 )
 
 

@@ -1,0 +1,55 @@
+"""Every recipe, end to end on built-in data, and what the list of recipes says."""
+
+import csv
+
+import pytest
+import yaml
+
+from finetune.main import main
+from finetune.recipe_files import header, recipe_names, recipes_folder
+
+SMALL = [
+    "--model.backbone",
+    "test_resnet",
+    "--model.weights",
+    "none",
+    "--data.workers",
+    "0",
+    "--trainer.limit_train_batches",
+    "3",
+]
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipe_runs_from_data_to_checkpoint(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main(["fit", "--config", name, *SMALL, "--trainer.max_epochs", "3"])
+    (run,) = (tmp_path / "runs" / name).iterdir()
+    with (run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len([row for row in rows if row["val/acc"]]) == 3
+    assert len([row for row in rows if row["test/acc"]]) == 1
+    assert (run / "checkpoints" / "best.ckpt").is_file()
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_header_says_purpose_data_command_overrides_and_expectation(name):
+    path = recipes_folder() / f"{name}.yaml"
+    lines = header(path)
+    assert len(lines[0]) > 30
+    assert len(lines[1]) > 30
+    for word, content in {"Data": "root/", "Run": f"--config {name}", "Override": "--model.", "Expect": ""}.items():
+        assert any(line.startswith(word) and content in line for line in lines), word
+    assert list(yaml.safe_load(path.read_text())) == ["model", "data", "trainer", "seed_everything"]
+
+
+def test_list_and_copy(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(["recipes"])
+    said = capsys.readouterr().out
+    assert all(name in said and header(recipes_folder() / f"{name}.yaml")[0] in said for name in recipe_names())
+    main(["recipes", "--copy", "small", "mine.yaml"])
+    assert (tmp_path / "mine.yaml").read_text() == (recipes_folder() / "small.yaml").read_text()
+    with pytest.raises(SystemExit):
+        main(["recipes", "--copy", "small", "mine.yaml"])
+    assert "not overwritten" in capsys.readouterr().err

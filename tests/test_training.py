@@ -1,0 +1,243 @@
+"""The command end to end, in this process, on built-in data or on a user's own classes."""
+
+import csv
+import sys
+import textwrap
+
+import pytest
+import torch
+import yaml
+
+from finetune.main import main
+
+TINY = ["--model.backbone", "test_resnet", "--model.weights", "none", "--data.workers", "0", "--data.batch_size", "64"]
+pytestmark = pytest.mark.filterwarnings("ignore:.*no pretrained weights.*")
+
+
+@pytest.fixture(autouse=True)
+def _working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+
+def only_run(tmp_path, name="run"):
+    (run,) = (tmp_path / "runs" / name).iterdir()
+    return run
+
+
+def metrics(run):
+    with (run / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def values(run, name):
+    return [float(row[name]) for row in metrics(run) if row.get(name)]
+
+
+def weights(run, kind="last"):
+    return torch.load(run / "checkpoints" / f"{kind}.ckpt", weights_only=True)["state_dict"]
+
+
+def test_a_run_from_folder_to_prediction(tmp_path, capsys):
+    main(["fit", *TINY, "--trainer.max_epochs", "2", "--model.freezing", "lp_ft", "--run.name", "first"])
+    run = only_run(tmp_path, "first")
+    said = capsys.readouterr().out
+    assert "1259" in said  # pictures of the training split
+    assert "epochs 1-1" in said
+    assert "phase 2 of 2 begins" in said
+    assert f"resnet-finetune predict runs/first/{run.name}" in said
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    rows = metrics(run)
+    assert {"train/loss", "train/acc", "val/loss", "val/acc", "val/acc_top5", "val/acc_macro", "val/f1", "test/acc"} <= set(
+        rows[0]
+    )
+    assert {f"lr/{stage}" for stage in ("stem", "layer1", "layer2", "layer3", "layer4", "head")} <= set(rows[0])
+    assert len(values(run, "val/acc")) == 2
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["model"]["init_args"]["freezing"] == "lp_ft"
+
+    # a second run does not collide, and `test` finds everything in the run's folder
+    main(["test", "--ckpt_path", str(run)])
+    assert f"{values(run, 'test/acc')[0]:.4f}" in capsys.readouterr().out
+
+
+def test_two_runs_do_not_collide(tmp_path):
+    for _ in range(2):
+        main(["fit", *TINY, "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1"])
+    assert len(list((tmp_path / "runs" / "run").iterdir())) == 2
+
+
+def test_resume_continues_in_its_folder_with_its_history(tmp_path, capsys):
+    options = [*TINY, "--model.freezing", "gradual:1", "--trainer.limit_train_batches", "3", "--data.augment", "medium"]
+    main(["fit", *options, "--trainer.max_epochs", "6", "--run.name", "whole"])
+    whole = only_run(tmp_path, "whole")
+    assert len(values(whole, "val/acc")) == 6
+
+    with pytest.raises(SystemExit):
+        main(["fit", "--ckpt_path", "last", "--model.lr", "0.5"])
+    said = capsys.readouterr().err
+    assert "lr: 0.01 in the checkpoint, 0.5 now" in said
+
+    main(["fit", "--ckpt_path", "last", "--trainer.max_epochs", "7"])
+    assert [run.name for run in (tmp_path / "runs").iterdir()] == ["whole"]
+    assert len(list((tmp_path / "runs" / "whole").iterdir())) == 1
+    assert len(values(whole, "val/acc")) == 7
+    assert (whole / "config.resumed.yaml").is_file()
+
+
+def test_users_own_module_and_data_module(tmp_path, capsys):
+    (tmp_path / "my_project.py").write_text(
+        textwrap.dedent(
+            """
+            import lightning as L
+            import torch
+            from torch import nn
+            from torch.utils.data import DataLoader, TensorDataset
+            from finetune import FinetuneModule
+
+            class MyModule(FinetuneModule):
+                def __init__(self, width: int = 64, **options):
+                    super().__init__(**options)
+                    self.bottleneck = nn.Linear(self.head.in_features, width)
+                    self.head = nn.Linear(width, self.hparams["num_classes"])
+
+                def features(self, images):
+                    return self.bottleneck(super().features(images)).relu()
+
+            class MyData(L.LightningDataModule):
+                num_classes = 2
+
+                def loader(self, seed):
+                    generator = torch.Generator().manual_seed(seed)
+                    labels = torch.arange(48) % 2
+                    images = torch.rand(48, 3, 32, 32, generator=generator) / 2 + labels.view(-1, 1, 1, 1) / 2
+                    return DataLoader(TensorDataset(images, labels), batch_size=16)
+
+                def train_dataloader(self):
+                    return self.loader(0)
+
+                def val_dataloader(self):
+                    return self.loader(1)
+
+            class Countless(MyData):
+                num_classes = None
+            """
+        )
+    )
+    own = ["--model", "my_project.MyModule", "--data", "my_project.MyData", "--model.width", "8"]
+    main(
+        [
+            "fit",
+            *own,
+            "--model.backbone",
+            "test_resnet",
+            "--model.weights",
+            "none",
+            "--model.lr",
+            "0.1",
+            "--trainer.max_epochs",
+            "4",
+        ]
+    )
+    run = only_run(tmp_path)
+    assert values(run, "val/acc")[-1] > 0.9
+    assert weights(run)["bottleneck.weight"].shape == (8, 96)
+    capsys.readouterr()
+
+    main(["validate", "--ckpt_path", str(run)])
+    assert "val/acc" in capsys.readouterr().out
+
+    with pytest.raises(SystemExit):
+        main(["fit", "--data", "my_project.Countless", "--model.backbone", "test_resnet", "--model.weights", "none"])
+    assert "Countless does not say how many classes" in capsys.readouterr().err
+
+    with pytest.raises(SystemExit):
+        main(["fit", "--model", "my_project.MyModul"])
+    assert "Did you mean 'MyModule'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["fit", "--model.lrr", "3"], "Did you mean 'lr'?"),
+        (["fit", "--modl.lr", "3"], "Did you mean '--model.lr'?"),
+        (["fit", "--trainer.max_epoch", "3"], "Did you mean '--trainer.max_epochs'?"),
+        (["fit", "--data.batchsize", "3"], "Did you mean 'batch_size'?"),
+        (["fit", "--run.patienc", "3"], "Did you mean '--run.patience'?"),
+        (["fit", "--config", "wrong_key.yaml"], "Did you mean 'model.lr'?"),
+        (["fit", "--config", "smal"], "Did you mean 'small'?"),
+        (["fit", "--config", "recipes/smal.yaml"], "Did you mean 'small'?"),
+        (["fit", "--config", "wrong_kee.yaml"], "Did you mean 'wrong_key.yaml'?"),
+        (["fit", "--model", "finetune.FinetunModule"], "Did you mean 'FinetuneModule'?"),
+        (["fit", "--model", "finetun.FinetuneModule"], "Did you mean 'finetune'?"),
+        (["fit", "--model.backbone", "resnt50", "--model.weights", "none"], "Did you mean 'resnet50'?"),
+        (["fit", *TINY, "--model.freezing", "gradul"], "Did you mean 'gradual'?"),
+        (["fit", *TINY, "--model.optimizer", "adamww"], "Did you mean 'adamw'?"),
+        (["fit", *TINY, "--model.lr_scale.layr1", "0.1"], "Did you mean 'layer1'?"),
+        (["fit", "--model.schedule", "cosin"], "Did you mean 'cosine'?"),
+        (["fit", "--data.augment", "lite"], "Did you mean 'light'?"),
+        (["fit", "--data.root", "photoz"], "Did you mean 'photos'?"),
+        (["fit", *TINY[:2], "--model.weights", "weigths.pth"], "Did you mean 'weights.pth'?"),
+        (["fit", "--ckpt_path", "last"], "no run with a checkpoint"),
+        (["fit", "--model.lr", "fast"], "expected float; found 'fast'"),
+        (["ft"], "Did you mean 'fit'?"),
+        (["predict", "nothing.ckpt", "photos"], "no checkpoint nothing.ckpt"),
+        (["predict", "--topp", "3"], "required"),
+        (["recipes", "--cpy", "small", "x"], "Did you mean '--copy'?"),
+        (["recipes", "--copy", "smal", "x.yaml"], "Did you mean 'small'?"),
+        (["stages", "resnt18"], "Did you mean 'resnet18'?"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_are_named_without_a_traceback(tmp_path, capsys, words, says):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "weights.pth").write_bytes(b"")
+    (tmp_path / "wrong_key.yaml").write_text("modl:\n  lr: 0.1\n")
+    with pytest.raises(SystemExit) as left:
+        main(words)
+    assert left.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert says in said
+    assert "Traceback" not in said
+
+
+def test_patience_counts_in_the_last_phase_only(tmp_path):
+    # a rate of almost nothing: no metric ever improves, yet the second phase must come
+    options = ["--model.lr", "1e-12", "--model.freezing", "lp_ft:4", "--run.patience", "1", "--trainer.max_epochs", "9"]
+    main(["fit", *TINY, *options, "--trainer.limit_train_batches", "1"])
+    run = only_run(tmp_path)
+    assert len(values(run, "val/acc")) == 6  # 4 of the probe, then the first of the last phase and one without improvement
+
+
+def test_the_users_own_logger_is_kept_beside_ours(tmp_path):
+    logger = ["--trainer.logger", "lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir", "theirs"]
+    main(["fit", *TINY, *logger, "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1"])
+    assert values(only_run(tmp_path), "val/acc")
+    assert list((tmp_path / "theirs").rglob("metrics.csv"))
+
+
+def test_without_weights_the_built_in_data_start_from_random_ones_loudly(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    options = [
+        "--model.backbone",
+        "test_resnet",
+        "--data.workers",
+        "0",
+        "--trainer.max_epochs",
+        "1",
+        "--trainer.limit_train_batches",
+        "1",
+    ]
+    main(["fit", "--config", "linear_probe", *options])
+    assert "RANDOM weights" in capsys.readouterr().out
+    (tmp_path / "photos" / "a").mkdir(parents=True)
+    (tmp_path / "photos" / "b").mkdir()
+    for name in ("a/1.png", "a/2.png", "b/1.png", "b/2.png"):
+        from PIL import Image
+
+        Image.new("RGB", (8, 8)).save(tmp_path / "photos" / name)
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "linear_probe", *options, "--data.root", "photos"])
+    assert "--model.weights none to start from random values" in capsys.readouterr().err.replace("set ", "")
