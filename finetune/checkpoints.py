@@ -66,7 +66,7 @@ def adopt(checkpoint: Mapping[str, Any], module: FinetuneModule) -> None:
         refuse_other_options(checkpoint.get("hyper_parameters", {}), module.hparams)
     module.class_names = names or mine
     module.weights_report = Report.from_dict(stamped["weights"])
-    if mine is None:
+    if getattr(getattr(trainer, "datamodule", None), "input_spec", None) is None:  # nobody else says what pictures come in
         module.input_spec = InputSpec(**{**stamped["input"], **{k: tuple(stamped["input"][k]) for k in ("mean", "std")}})
 
 

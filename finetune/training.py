@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 import warnings
 from collections.abc import Collection
@@ -14,6 +15,7 @@ import lightning as L
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from tabulate import tabulate
 
@@ -165,8 +167,8 @@ class FinetuneCLI(LightningCLI):
         for name, value in {"freezing": "full", "bn": "train", "lr_decay": 1.0}.items():
             if f"--model.{name}" not in self.typed:
                 options[name] = value
-        print(
-            f"\n*** No pretrained weights for {options.backbone} can be had here: not in the cache, and the hub does not answer.\n"
+        rank_zero_print(
+            f"\n*** No pretrained weights for {options.backbone} can be had: not in the cache, and the hub does not answer.\n"
             "*** As this is only the built-in data, training starts from RANDOM weights, and everything trains instead of\n"
             "*** what the recipe freezes. For your own pictures give weights: --model.weights FILE (docs/weights.md)\n"
         )
@@ -235,26 +237,27 @@ class FinetuneCLI(LightningCLI):
     @staticmethod
     def _warn_of_emulation(precision: Any) -> None:
         if str(precision).startswith("bf16") and hardware.bf16_is_emulated():
-            print("warning: this machine computes bfloat16 in software: --trainer.precision 32-true is many times faster")
+            rank_zero_print(
+                "warning: this machine computes bfloat16 in software: --trainer.precision 32-true is many times faster"
+            )
 
     def after_fit(self) -> None:
         """Test the best checkpoint if there is a test split, and say where things are and what to type next."""
-        if self.run_folder is None or not self.trainer.is_global_zero:
+        if self.run_folder is None:
             return
         chosen = Path(self.best.best_model_path or self.best.last_model_path or "")
         if not chosen.is_file():
-            print("No checkpoint was written: the run ended before its first epoch did.")
+            rank_zero_print("No checkpoint was written: the run ended before its first epoch did.")
             return
         score = self.best.best_model_score
         if score is not None:
-            print(f"\nbest {self.best.monitor} {float(score):.4f} ({_relative(chosen)})")
+            rank_zero_print(f"\nbest {self.best.monitor} {float(score):.4f} ({_relative(chosen)})")
         if self._has_test():
             results = self.trainer.test(datamodule=self.datamodule, ckpt_path=str(chosen), weights_only=True, verbose=False)
-            print(_metric_table(results))
-        print(
-            f"files  {_relative(self.run_folder)}/  ({CONFIG}, metrics.csv, {CHECKPOINTS}/best.ckpt, {CHECKPOINTS}/last.ckpt)"
-        )
-        print(f"next   resnet-finetune predict {_relative(self.run_folder)} PICTURES --out predictions.csv")
+            rank_zero_print(_metric_table(results))
+        run = _relative(self.run_folder)
+        rank_zero_print(f"files  {run}/  ({CONFIG}, metrics.csv, {CHECKPOINTS}/best.ckpt, {CHECKPOINTS}/last.ckpt)")
+        rank_zero_print(f"next   resnet-finetune predict {shlex.quote(str(run))} PICTURES --out predictions.csv")
 
     def _has_test(self) -> bool:
         has = getattr(self.datamodule, "has_test", None)
@@ -262,11 +265,17 @@ class FinetuneCLI(LightningCLI):
 
     def validate(self, **kwargs: Any) -> None:
         """Validate and print the metrics."""
-        print(_metric_table(self.trainer.validate(verbose=False, **{k: v for k, v in kwargs.items() if k != "verbose"})))
+        rank_zero_print(_metric_table(self.trainer.validate(**{**kwargs, "verbose": False})))
 
     def test(self, **kwargs: Any) -> None:
         """Test and print the metrics."""
-        print(_metric_table(self.trainer.test(verbose=False, **{k: v for k, v in kwargs.items() if k != "verbose"})))
+        rank_zero_print(_metric_table(self.trainer.test(**{**kwargs, "verbose": False})))
+
+
+@rank_zero_only
+def rank_zero_print(text: str) -> None:
+    """Print on the first of several processes."""
+    print(text)
 
 
 def _metric_table(results: Any) -> str:

@@ -3,12 +3,14 @@
 import csv
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
 from finetune.main import main
+from finetune.sample import digits_folder
 
 TINY = ["--model.backbone", "test_resnet", "--model.weights", "none", "--data.workers", "0", "--data.batch_size", "64"]
 pytestmark = pytest.mark.filterwarnings("ignore:.*no pretrained weights.*")
@@ -56,9 +58,15 @@ def test_a_run_from_folder_to_prediction(tmp_path, capsys):
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["model"]["init_args"]["freezing"] == "lp_ft"
 
-    # a second run does not collide, and `test` finds everything in the run's folder
+    # `test` finds everything in the run's folder, and predictions agree with it: the checkpoint knows size and class names
     main(["test", "--ckpt_path", str(run)])
-    assert f"{values(run, 'test/acc')[0]:.4f}" in capsys.readouterr().out
+    accuracy = values(run, "test/acc")[0]
+    assert f"{accuracy:.4f}" in capsys.readouterr().out
+    main(["predict", str(run), str(digits_folder() / "test"), "--out", "p.csv", "--workers", "0"])
+    with (tmp_path / "p.csv").open() as file:
+        right = [Path(row["file"]).parent.name == row["label"] for row in csv.DictReader(file)]
+    assert len(right) == 269
+    assert sum(right) / len(right) == pytest.approx(accuracy)
 
 
 def test_two_runs_do_not_collide(tmp_path):

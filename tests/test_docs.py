@@ -1,0 +1,78 @@
+"""What README and guides show is run: the snippets as they stand, with a smaller network."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+import finetune
+from finetune.freezing import POLICIES, plan
+from finetune.main import main
+
+ROOT = Path(finetune.__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TINY = [
+    "--model.backbone",
+    "test_resnet",
+    "--model.weights",
+    "none",
+    "--trainer.max_epochs",
+    "2",
+    "--trainer.limit_train_batches",
+    "2",
+]
+
+
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def commands(page):
+    return [line.strip() for line in page.read_text().splitlines() if line.startswith("    resnet-finetune ")]
+
+
+def test_readme_snippet_trains_and_tests(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks(ROOT / "README.md", "python")
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    code = code.replace("resnet18", "test_resnet").replace("max_epochs=5", "max_epochs=1, limit_train_batches=2, logger=False")
+    exec(compile(code, "README.md", "exec"), {})
+    assert "test/acc" in capsys.readouterr().out
+
+
+def test_extending_guide_runs_as_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    page = ROOT / "docs" / "extending.md"
+    for code in blocks(page, "python"):
+        name = re.match(r"# (\w+\.py)\n", code)[1]
+        (tmp_path / name).write_text(code)
+    fits = [line for line in commands(page) if line.startswith("resnet-finetune fit")]
+    assert len(fits) == 2
+    for line in fits:
+        main([*shlex.split(line)[1:], *TINY])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_options_in_the_text_exist(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+    hparams = finetune.FinetuneModule(backbone="test_resnet", num_classes=2, weights="none").hparams
+    for option in re.findall(r"--model\.([a-z_]+)", text):
+        assert option in hparams or f"{option}: int" in text, option  # or it is one of the page's own class
+    for option in re.findall(r"--data\.([a-z_]+)", text):
+        assert option in finetune.FolderDataModule("digits").hparams, option
+
+
+def test_policies_of_the_freezing_guide_are_plans():
+    text = (ROOT / "docs" / "freezing.md").read_text()
+    table = text.split("## Policies")[1].split("Each is short")[0]
+    names = re.findall(
+        r"`([a-z_]+(?::[^`]*)?)`", " ".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `"))
+    )
+    assert {name.partition(":")[0] for name in names} == set(POLICIES)
+    for name in names:
+        assert plan(name, ["stem", "layer1", "layer2", "layer3", "layer4", "head"], 20)
