@@ -18,12 +18,15 @@ A length is a number of epochs (3) or a share of the run (0.3). A recipe may spe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
 from finetune.errors import ConfigError, did_you_mean
-from finetune.stages import HEAD, require_stage
+from finetune.stages import HEAD, Stage, require_stage
 
 POLICIES = ("full", "head", "last", "gradual", "lp_ft", "surgical", "norm")
 _FORMS = "full, head, last:N, gradual[:K], lp_ft[:LENGTH], surgical:STAGE[,STAGE], norm, or a list of phases"
@@ -111,6 +114,44 @@ def started(phases: Sequence[Phase], stage: str, epoch: int) -> int | None:
         if epoch < phase.end:
             break
     return since
+
+
+def set_trainable(module: nn.Module, phase: Phase, members: Mapping[str, Collection[str]], norms: Collection[str]) -> None:
+    """Toggle `requires_grad` for a phase, and drop the gradients of what is frozen.
+
+    Args:
+        module: What holds the parameters.
+        phase: The phase.
+        members: The names of the parameters of each stage.
+        norms: The names of the affine parameters of normalisation layers.
+    """
+    parameters = dict(module.named_parameters())
+    for stage, names in members.items():
+        for name in names:
+            trains = stage in phase.train or (phase.norms and name in norms)
+            parameters[name].requires_grad_(trains)
+            if not trains:
+                parameters[name].grad = None  # a stale gradient would still move the weight (momentum, decay)
+
+
+def hold_frozen(backbone: nn.Module, stages: Sequence[Stage], phase: Phase, bn: str) -> None:
+    """Set the mode of the frozen stages of a network in train mode, and of BatchNorm everywhere.
+
+    Args:
+        backbone: The network without its classifier.
+        stages: Its stages.
+        phase: The phase.
+        bn: `auto`: BatchNorm statistics move where the layer trains; `frozen`: nowhere; `train`: everywhere.
+    """
+    moving = phase.norms or bn == "train"
+    for stage in stages:
+        if stage.name not in phase.train:
+            for part in (part for outer in stage.modules for part in backbone.get_submodule(outer).modules()):
+                part.training = moving and isinstance(part, _BatchNorm)
+    if bn == "frozen":
+        for part in backbone.modules():
+            if isinstance(part, _BatchNorm):
+                part.training = False
 
 
 def _parse_name(policy: str, stages: Sequence[str]) -> list[_Part]:

@@ -16,13 +16,12 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics import MetricCollection
 
 from finetune import checkpoints
 from finetune.backbones import create_model, initialise, input_spec_of
 from finetune.errors import DataError
-from finetune.freezing import Phase, phase_at, plan
+from finetune.freezing import Phase, hold_frozen, phase_at, plan, set_trainable
 from finetune.metrics import build_metrics
 from finetune.optim import StageRates, build_groups, build_optimizer
 from finetune.options import check_options
@@ -152,14 +151,13 @@ class FinetuneModule(L.LightningModule):
             DataError: If float pictures leave [0, 1], as they do when they were normalised before.
         """
         if images.dtype == torch.uint8:
-            images = images.to(self.mean.dtype).div_(255)
-        else:
-            low, high = (float(x) for x in images.aminmax())
-            if not (low >= -0.1 and high <= 1.1):  # resizing with bicubic overshoots a little
-                raise DataError(
-                    f"Expected pictures as uint8, or as float between 0 and 1; found float between {low:.3g} and {high:.3g}. "
-                    "The module applies mean and standard deviation itself: leave Normalize out of your transforms."
-                )
+            return images.to(self.mean.dtype, memory_format=self._format).div_(255).sub_(self.mean).div_(self.std)
+        low, high = (float(x) for x in images.aminmax())
+        if not (low >= -0.1 and high <= 1.1):  # resizing with bicubic overshoots a little
+            raise DataError(
+                f"Expected pictures as uint8, or as float between 0 and 1; found float between {low:.3g} and {high:.3g}. "
+                "The module applies mean and standard deviation itself: leave Normalize out of your transforms."
+            )
         return images.sub(self.mean).div_(self.std).contiguous(memory_format=self._format)
 
     def features(self, images: Tensor) -> Tensor:
@@ -213,34 +211,17 @@ class FinetuneModule(L.LightningModule):
         self.train(self.training)
 
     def _set_trainable(self, phase: Phase) -> None:
-        norms = {f"backbone.{name}" for name in norm_parameters(self.backbone)} if phase.norms else set()
-        parameters = dict(self.named_parameters())
-        names = set(self.stage_names)
-        for stage, members in self.stage_parameters().items():
-            for name in members:
-                trains = (stage in phase.train or stage not in names or name in norms) and name not in self._never_trained
-                parameters[name].requires_grad_(trains)
-                if not trains:
-                    parameters[name].grad = None  # a stale gradient would still move the weight (momentum, decay)
+        named = self.stage_parameters()
+        members = {stage: [name for name in named[stage] if name not in self._never_trained] for stage in self.stage_names}
+        set_trainable(self, phase, members, {f"backbone.{name}" for name in norm_parameters(self.backbone)})
 
     def train(self, mode: bool = True) -> FinetuneModule:
         """Set the mode of the module; frozen stages stay in eval mode, whoever calls this."""
         super().train(mode)
         if mode and self._phase is not None:
-            self._hold_frozen(self._phase)
+            hold_frozen(self.backbone, self.stages, self._phase, self.hparams["bn"])
+            self.head.train(HEAD in self._phase.train)
         return self
-
-    def _hold_frozen(self, phase: Phase) -> None:
-        moving = phase.norms or self.hparams["bn"] == "train"
-        for stage in self.stages:
-            if stage.name in phase.train:
-                continue
-            for module in (part for outer in stage.modules for part in self.backbone.get_submodule(outer).modules()):
-                module.training = moving and isinstance(module, _BatchNorm)
-        if self.hparams["bn"] == "frozen":
-            for module in self.backbone.modules():
-                if isinstance(module, _BatchNorm):
-                    module.training = False
 
     # ---------------------------------------------------------------------------------------------------------- steps
 
@@ -332,12 +313,22 @@ class FinetuneModule(L.LightningModule):
         self.apply_phase(phase_at(self.timetable.phases, self.current_epoch))
         self.print(self.weights_report.summary())
         self.print(self.timetable.table(self.trainer.optimizers[0].param_groups))
-        never = self.timetable.never_trained(self.weights_report.untrained)
+        self._warn_of_random_parts()
+
+    def _warn_of_random_parts(self) -> None:
+        assert self.timetable is not None
+        untrained = self.weights_report.untrained
+        never = self.timetable.never_trained(untrained)
         if never:
-            self.print(
-                f"warning: {', '.join(never)} start from random weights and never train: what they compute stays random. Give "
-                "pretrained weights, or train everything (--model.freezing full --model.bn train, or the recipe scratch)."
-            )
+            fault = f"{', '.join(never)} start from random weights and never train"
+        elif untrained and self.hparams["bn"] == "frozen":
+            fault = f"{', '.join(untrained)} start from random weights, and their BatchNorm keeps the statistics of the start"
+        else:
+            return
+        self.print(
+            f"warning: {fault}. Give pretrained weights, or train everything "
+            "(--model.freezing full --model.bn train, or the recipe scratch)."
+        )
 
     def _scheduled_rates(self) -> list[float]:
         scheduler = getattr(self, "_scheduler", None)

@@ -56,7 +56,10 @@ class Timetable:
             count = sum(p.numel() for group in own for p in group["params"])
             rate = own[0].get("initial_lr", own[0]["lr"])
             rows.append([stage, f"{count:,}", f"{rate:.3g}", *(self._state(stage, phase) for phase in self.phases)])
-        spans = [f"epochs {phase.start + 1}-{phase.end}" for phase in self.phases]
+        spans = [
+            f"epochs {phase.start + 1}-{phase.end}" if phase.end - phase.start > 1 else f"epoch {phase.end}"
+            for phase in self.phases
+        ]
         align = ("left", "right", "right", *("left" for _ in spans))
         return "What trains when:\n" + tabulate(
             rows, headers=["stage", "parameters", "lr", *spans], colalign=align, disable_numparse=True

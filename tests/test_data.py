@@ -13,9 +13,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 
-from finetune.data import EvalSampler, FolderDataModule, PictureDataset, PictureError, TrainSampler, _even
+from finetune.data import FolderDataModule
 from finetune.errors import ConfigError, DataError
 from finetune.images import read_image
+from finetune.loading import EvalSampler, PictureDataset, PictureError, TrainSampler, even_batch_size
 from finetune.transforms import InputSpec, eval_transform
 
 pytestmark = [
@@ -154,7 +155,7 @@ def test_built_in_digits():
     assert data.input_spec.size == 32
     assert data.hflip is False
     batch = next(iter(data.test_dataloader()))
-    assert batch["image"].shape == (64, 3, 64, 64)
+    assert batch["image"].shape == (64, 3, 32, 32)
     assert FolderDataModule("digits", image_size=32, hflip=True).input_spec.size == 32
 
 
@@ -220,7 +221,7 @@ def test_evaluation_sees_every_picture_once(n, world):
     samplers = [EvalSampler(dataset, world, rank) for rank in range(world)]
     assert sorted(index for part in samplers for index in part) == list(range(n))
     for batch_size in range(1, 7):
-        batches = {-(-len(part) // _even(n, world, batch_size)) for part in samplers}
+        batches = {-(-len(part) // even_batch_size(n, world, batch_size)) for part in samplers}
         assert len(batches) == 1
 
 

@@ -34,6 +34,7 @@ ORDER = [
     "hub",
     "weights",
     "checkpoints",
+    "loading",
     "data",
     "module",
     "runs",

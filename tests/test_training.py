@@ -45,7 +45,7 @@ def test_a_run_from_folder_to_prediction(tmp_path, capsys):
     run = only_run(tmp_path, "first")
     said = capsys.readouterr().out
     assert "1259" in said  # pictures of the training split
-    assert "epochs 1-1" in said
+    assert "epoch 1 " in said
     assert "phase 2 of 2 begins" in said
     assert f"resnet-finetune predict runs/first/{run.name}" in said
     assert {p.name for p in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}

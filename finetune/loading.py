@@ -1,0 +1,139 @@
+"""What stands between pictures and batches: the dataset that reads and transforms, and the samplers that order.
+
+Randomness is a function here: an item's transform of (seed, epoch, path), an epoch's order of (seed, epoch).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, DistributedSampler
+
+from finetune.errors import DataError
+from finetune.folders import Picture
+from finetune.images import read_image
+from finetune.randomness import seed_of
+from finetune.transforms import Transform
+
+Position = Callable[[], tuple[int, int]]
+
+
+class PictureDataset(Dataset[dict[str, Any]]):
+    """Pictures, read and transformed; an item is asked for by its index, or by (epoch, index) if the transform is random.
+
+    Args:
+        root: The folder that the paths start from.
+        pictures: Paths and labels.
+        transform: uint8 (3, height, width) -> uint8 (3, size, size).
+        seed: Seed of a random transform, which then depends on (seed, epoch, path) alone; None for one without randomness.
+    """
+
+    def __init__(self, root: Path, pictures: Sequence[Picture], transform: Transform, seed: int | None = None) -> None:
+        self.root = str(root)
+        self.pictures = pictures
+        self.transform = transform
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        file, label = self.pictures[index]
+        try:
+            image = read_image(os.path.join(self.root, file))
+        except DataError as error:
+            raise PictureError(str(error)) from None
+        if self.seed is None:
+            image = self.transform(image)
+        else:
+            with _seeded(seed_of(self.seed, epoch, file)):
+                image = self.transform(image)
+        return {"image": image, "label": label, "index": index}
+
+
+class PictureError(DataError):
+    """A picture that cannot be read; also when it was a worker process that tried, whose traceback is left out."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].rstrip())
+
+
+class TrainSampler(DistributedSampler[Any]):
+    """The order of an epoch as a function of (seed, epoch), from the batch on where the epoch stands.
+
+    It yields (epoch, index). Lightning leaves samplers of this base class as they are. The length is that of a whole epoch,
+    equal on all processes; a remainder waits for another epoch. Iterating again within an epoch, as loaders that are combined
+    with a longer one do, gives another order.
+
+    Args:
+        dataset: The pictures.
+        batch_size: Pictures per batch and process.
+        seed: Seed of the order.
+        position: Returns the epoch and how many batches of it are done; if None, the epoch is that of `set_epoch`.
+        world: Number of processes.
+        rank: Number of this process.
+    """
+
+    def __init__(
+        self, dataset: Dataset[Any], batch_size: int, seed: int, position: Position | None = None, world: int = 1, rank: int = 0
+    ) -> None:
+        super().__init__(dataset, num_replicas=world, rank=rank, seed=seed)
+        self.batch_size = batch_size
+        self.position = position
+        self.pictures: int = len(dataset)  # type: ignore[arg-type]
+        self.num_samples = max(1, self.pictures // world)
+        self.total_size = self.num_samples * world
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        epoch, done = self.position() if self.position else (self.epoch, 0)
+        turn, skip = divmod(done, max(1, self.num_samples // self.batch_size))
+        generator = torch.Generator().manual_seed(seed_of(self.seed, "order", epoch, turn))
+        order = torch.randperm(self.pictures, generator=generator).tolist()
+        order *= -(-self.total_size // self.pictures)  # fewer pictures than processes
+        mine = order[self.rank : self.total_size : self.num_replicas]
+        return iter([(epoch, index) for index in mine[skip * self.batch_size :]])
+
+
+class EvalSampler(DistributedSampler[Any]):
+    """Every picture once: a process takes each `world`-th, in order."""
+
+    def __init__(self, dataset: Dataset[Any], world: int, rank: int) -> None:
+        super().__init__(dataset, num_replicas=world, rank=rank, shuffle=False)
+        self.mine = range(rank, len(dataset), world)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.mine)
+
+    def __len__(self) -> int:
+        return len(self.mine)
+
+
+def even_batch_size(pictures: int, world: int, batch_size: int) -> int:
+    """Enlarge the batch size so far that all processes have as many batches.
+
+    DistributedDataParallel exchanges buffers in every forward pass, so a process with fewer of them would fall out of step.
+
+    >>> even_batch_size(9, world=2, batch_size=4)  # 5 and 4 pictures
+    5
+    """
+    most = -(-pictures // world)
+    while pictures % world and most % batch_size == 1 % batch_size:
+        batch_size += 1
+    return batch_size
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed torch's generator on the CPU for a while; unlike `torch.manual_seed` it leaves those of the GPUs alone."""
+    state = torch.get_rng_state()
+    try:
+        torch.default_generator.manual_seed(seed)
+        yield
+    finally:
+        torch.set_rng_state(state)
