@@ -56,10 +56,7 @@ class Timetable:
             count = sum(p.numel() for group in own for p in group["params"])
             rate = own[0].get("initial_lr", own[0]["lr"])
             rows.append([stage, f"{count:,}", f"{rate:.3g}", *(self._state(stage, phase) for phase in self.phases)])
-        spans = [
-            f"epochs {phase.start + 1}-{phase.end}" if phase.end - phase.start > 1 else f"epoch {phase.end}"
-            for phase in self.phases
-        ]
+        spans = [_span(phase) for phase in self.phases]
         align = ("left", "right", "right", *("left" for _ in spans))
         return "What trains when:\n" + tabulate(
             rows, headers=["stage", "parameters", "lr", *spans], colalign=align, disable_numparse=True
@@ -82,6 +79,12 @@ class Timetable:
     def never_trained(self, stages: Sequence[str]) -> list[str]:
         """Return those of the stages that no phase trains."""
         return [s for s in stages if all(started((phase,), s, phase.start) is None for phase in self.phases)]
+
+
+def _span(phase: Phase) -> str:
+    if phase.end >= _ENDLESS:
+        return f"from epoch {phase.start + 1}"
+    return f"epoch {phase.end}" if phase.end - phase.start == 1 else f"epochs {phase.start + 1}-{phase.end}"
 
 
 def run_length(trainer: L.Trainer, steps_per_epoch: int | None = None) -> int:

@@ -76,3 +76,7 @@ def test_policies_of_the_freezing_guide_are_plans():
     assert {name.partition(":")[0] for name in names} == set(POLICIES)
     for name in names:
         assert plan(name, ["stem", "layer1", "layer2", "layer3", "layer4", "head"], 20)
+
+
+def test_changelog_has_the_version():
+    assert f"## [{finetune.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
