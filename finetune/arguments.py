@@ -37,6 +37,8 @@ def resolve(words: Sequence[str]) -> list[str]:
         resolved += ["--ckpt_path", str(checkpoint)]
     elif name and words[0] == "fit":
         resolved += ["--run.name", name]
+    if wanted == ["null"]:
+        resolved += ["--ckpt_path", "null"]  # it overrides one that a configuration names
     if given["--run.folder"]:
         resolved += ["--run.folder", *folder]
     return [*resolved, *rest[1:]]

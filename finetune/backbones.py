@@ -57,6 +57,8 @@ def import_path(path: str) -> Callable[..., Any]:
     """
     module_name, _, attribute = path.rpartition(".")
     try:
+        if not all(part.isidentifier() for part in path.split(".")):
+            raise ImportError("it is not a dotted path")  # such as ./my_net.py
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise ConfigError(
@@ -65,7 +67,8 @@ def import_path(path: str) -> Callable[..., Any]:
         ) from error
     found = getattr(module, attribute, None)
     if not callable(found):
-        raise ConfigError(f"'{module_name}' has no class or function '{attribute}'.{did_you_mean(attribute, dir(module))}")
+        others = [name for name in dir(module) if name != attribute]
+        raise ConfigError(f"'{module_name}' has no class or function '{attribute}'.{did_you_mean(attribute, others)}")
     return found  # type: ignore[no-any-return]
 
 

@@ -37,6 +37,7 @@ class Boundaries:
     def __init__(self, backbone: nn.Module, stages: Sequence[Stage], size: int = 64) -> None:
         self.backbone = backbone
         self.stages = [stage.name for stage in stages]
+        self._parts = [nn.ModuleList(backbone.get_submodule(name) for name in stage.modules) for stage in stages]
         self.size = size
         self._entries = self._find_entries(stages)
 
@@ -47,9 +48,6 @@ class Boundaries:
     def _find_entries(self, stages: Sequence[Stage]) -> list[nn.Module]:
         """Return for each stage the first of its modules that a forward pass calls."""
         called: dict[str, nn.Module] = {}
-
-        def note(module: nn.Module, stage: str) -> None:
-            called.setdefault(stage, module)
 
         stage_of = {
             name: stage.name
@@ -96,8 +94,10 @@ class Boundaries:
         if index == len(self.stages) - 1:
             return activation
         handle = self._entries[index + 1].register_forward_pre_hook(lambda _, inputs: (activation, *inputs[1:]))
+        below = nn.ModuleList(self._parts[: index + 1])  # the blank picture that passes there must leave no trace
         try:
-            return self.backbone(self._dummy())  # type: ignore[no-any-return]
+            with evaluating(below):
+                return self.backbone(self._dummy())  # type: ignore[no-any-return]
         finally:
             handle.remove()
 
@@ -215,7 +215,9 @@ def stage_table(backbone: str, num_classes: int, size: int | None = None) -> str
         size: Side of the input picture in pixels; what the weights expect if None.
     """
     model = create_model(backbone, num_classes)
-    size = size or input_spec_of(model).size
+    size = input_spec_of(model).size if size is None else size
+    if size < 1:
+        raise ConfigError(f"Expected --input to be at least 1, found {size}.")
     classifier, stages = split_head(model)
     rows = describe(model, stages, nn.Linear(classifier.in_features, num_classes), size)
     total = {"parameters": sum(r["parameters"] for r in rows), "multiply-adds": sum(r["multiply-adds"] for r in rows)}

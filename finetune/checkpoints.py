@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import os
 import pickle
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -98,13 +99,15 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(f"There is no checkpoint {path}.{did_you_mean(path.name, siblings)}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} holds more than tensors and plain values, and loading it would run code; it was not loaded. Expected a "
-            "checkpoint written by resnet-finetune."
-        ) from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged or no checkpoint: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # what a damaged file raises differs by the place of the damage
+        code = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if code:
+            raise CheckpointError(
+                f"{path} holds more than tensors and plain values, and loading it would run code ({code[1]}); it was not "
+                "loaded. Expected a checkpoint written by resnet-finetune."
+            ) from error
+        told = str(error).partition("\n")[0] if isinstance(error, RuntimeError | OSError) else ""
+        raise CheckpointError(f"{path} is damaged or no checkpoint: {told or 'its content cannot be read'}.") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint or KEY not in checkpoint:
         raise CheckpointError(f"{path} is no checkpoint of resnet-finetune: it lacks the entries 'state_dict' and '{KEY}'.")
     return checkpoint

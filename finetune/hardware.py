@@ -39,7 +39,7 @@ def device_count(devices: int | str | Sequence[int]) -> int:
     text = str(devices)
     if text in ("auto", "-1"):
         return max(1, torch.cuda.device_count())
-    return int(text) if text.isdigit() else len(text.split(","))
+    return int(text) if text.isdigit() else sum(1 for index in text.split(",") if index.strip())  # "0," is one device
 
 
 def best_device() -> torch.device:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import inspect
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from finetune.errors import did_you_mean, own_error
+from finetune.errors import FinetuneError, did_you_mean, own_error
 
 
 class Parser(LightningArgumentParser):
@@ -27,11 +29,41 @@ class Parser(LightningArgumentParser):
         """
         if own := own_error(ex):
             raise own
-        options = [text for action in self._actions for text in action.option_strings]
-        print(f"error: {explain(message, options)}", file=sys.stderr)
+        print(f"error: {explain(message, _option_strings(self))}", file=sys.stderr)
         words = self.prog.replace(" [options]", "").split()
         print(f"For all options: {' '.join([words[0], *(words[1:] or ['fit'])])} --help", file=sys.stderr)
         raise SystemExit(2)
+
+
+def _option_strings(parser: argparse.ArgumentParser) -> list[str]:
+    """Return the options of a parser and of its verbs."""
+    verbs = [action.choices for action in parser._actions if isinstance(action.choices, dict)]
+    parsers = [parser, *(sub for choices in verbs for sub in choices.values())]
+    return list(dict.fromkeys(text for one in parsers for action in one._actions for text in action.option_strings))
+
+
+class _Escape(BaseException):
+    """Carries an error of ours past jsonargparse, which would turn it into one about types."""
+
+    def __init__(self, error: FinetuneError) -> None:
+        self.error = error
+
+
+def instantiate(kind: type, *args: Any, **kwargs: Any) -> Any:
+    """Create an object for the parser; use it within `own_errors`."""
+    try:
+        return kind(*args, **kwargs)
+    except FinetuneError as error:
+        raise _Escape(error) from error
+
+
+@contextmanager
+def own_errors() -> Iterator[None]:
+    """Let the errors of ours that objects raise when they are created come out as they are."""
+    try:
+        yield
+    except _Escape as escaped:
+        raise escaped.error from None
 
 
 def explain(message: str, options: Iterable[str] = ()) -> str:
@@ -86,6 +118,11 @@ def _wrong_type(match: re.Match[str], _: list[str]) -> str:
     return f"{match[1]}: expected {match[2]}; found '{match[3].strip()}'."
 
 
+def _wrong_of_several(match: re.Match[str], _: list[str]) -> str:
+    kinds = [name.replace("NoneType", "null") for name in re.findall(r"<class '(\w+)'>", match[2])]
+    return f"{match[1]}: expected {' or '.join(kinds)}; found '{match[3].strip()}'."
+
+
 def _not_expected(match: re.Match[str], options: list[str]) -> str:
     key = match[1]
     keys = [option.removeprefix("--") for option in options if option.startswith("--")]
@@ -105,6 +142,11 @@ _PATTERNS: list[tuple[str, Any]] = [
     (r"No module named '([\w.]+)'", _no_module),
     (r"Parser key \"([\w.]+)\":\s+Expected a typing\.Literal\[([^\]]*)\]\. Got value: ([^\n]*)", _literal),
     (r"Parser key \"([\w.]+)\":\s+Expected an? <class '(\w+)'>\. Got value: ([^\n]*)", _wrong_type),
+    (
+        r"Parser key \"([\w.]+)\":\s+Does not validate against any of the Union subtypes\s+"
+        r"Subtypes: \[((?:<class '\w+'>(?:, )?)+)\].*Given value: ([^\n]*)",
+        _wrong_of_several,
+    ),
     (r"(?:Key|Option) '([\w.]+)' is not (?:expected|accepted)", _not_expected),
     (r"Subcommand '\w+' does not accept option '([\w.]+)'", _not_expected),
     (r"invalid choice: '([^']+)' \(choose from ([^)]*)\)", _wrong_command),

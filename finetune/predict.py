@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -44,7 +45,12 @@ def load_model(checkpoint: str | os.PathLike[str]) -> FinetuneModule:
     path = find_checkpoint(os.fspath(checkpoint), Path("runs"))
     class_path = checkpoints.read(path)[checkpoints.KEY]["class_path"]
     own = class_path == f"{FinetuneModule.__module__}.{FinetuneModule.__qualname__}"
-    kind = FinetuneModule if own else import_path(class_path)
+    try:
+        kind = FinetuneModule if own else import_path(class_path)
+    except ConfigError as error:
+        raise CheckpointError(
+            f"{path} was written by {class_path}, which cannot be imported here. Run this in the folder of its project."
+        ) from error
     if not (isinstance(kind, type) and issubclass(kind, FinetuneModule)):
         raise CheckpointError(f"{path} names the class {class_path}, which is no FinetuneModule.")
     return kind.load_from_checkpoint(path).eval()
@@ -150,9 +156,10 @@ def _write(rows: Iterable[Prediction], target: Path, topk: int) -> int:
                 writer.writerow([row.file, *cells, row.error])
         os.replace(partial, target)
     except OSError as error:
-        raise ConfigError(f"{target} cannot be written: {error.strerror}. Give another --out.") from error
+        raise ConfigError(f"{target} cannot be written: {error.strerror or error}. Give another --out.") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it was moved, or could not be made in the first place
+            partial.unlink()
     return failed
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import itertools
 import os
 from datetime import datetime
 from pathlib import Path
@@ -30,19 +32,23 @@ def new_run(root: Path, name: str) -> Path:
     if getattr(rank_zero_only, "rank", 0) != 0 and _SHARED in os.environ:
         return Path(os.environ[_SHARED])
     time = datetime.now().astimezone().strftime("%Y-%m-%d_%H-%M-%S")
-    number = 1
-    while True:
-        run = root / name / (time if number == 1 else f"{time}-{number}")
-        try:
-            run.mkdir(parents=True)
-        except FileExistsError:
-            number += 1
-        except OSError as error:
-            reason = f"The run's folder {run} cannot be made: {error.strerror}."
-            raise ConfigError(f"{reason} Choose another with --run.folder.") from error
-        else:
-            os.environ[_SHARED] = str(run)
+    try:
+        (root / name).mkdir(parents=True, exist_ok=True)
+        run = _first_free(root / name / time)
+    except OSError as error:
+        reason = f"The run's folder {root / name / time} cannot be made: {error.strerror}."
+        raise ConfigError(f"{reason} Choose another with --run.folder.") from error
+    os.environ[_SHARED] = str(run)
+    return run
+
+
+def _first_free(wanted: Path) -> Path:
+    for number in itertools.count(1):
+        run = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            run.mkdir()
             return run
+    raise AssertionError("unreachable")
 
 
 def find_checkpoint(what: str, root: Path, name: str | None = None, prefer: str = "best") -> Path:
@@ -115,7 +121,8 @@ class _Writer(ExperimentWriter):
         with file.open(newline="") as handle:
             reader = csv.DictReader(handle)
             rows, self.metrics_keys = list(reader), list(reader.fieldnames or [])
-        kept = [row for row in rows if until is None or int(row["step"]) < until]
+        kept = [row for row in rows if None not in row and (row.get("step") or "").isdigit()]  # a kill may cut a line off
+        kept = [row for row in kept if until is None or int(row["step"]) < until]
         partial = file.with_name(f"{file.name}.part")
         with partial.open("w", newline="") as handle:
             writer = csv.DictWriter(handle, fieldnames=self.metrics_keys)

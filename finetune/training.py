@@ -24,7 +24,7 @@ from finetune.arguments import resolve
 from finetune.callbacks import EpochLine, PhaseEarlyStopping
 from finetune.errors import ConfigError
 from finetune.hub import available
-from finetune.parser import Parser
+from finetune.parser import Parser, instantiate, own_errors
 from finetune.runs import CHECKPOINTS, CONFIG, AtomicCheckpointIO, RunLogger, new_run, run_of
 from finetune.sample import BUILT_IN
 from finetune.version import __version__
@@ -55,7 +55,7 @@ def run(words: list[str]) -> None:
     words = resolve(words)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)  # devices found, tips, where checkpoints were loaded from
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), own_errors():
         for message in _EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
         FinetuneCLI(
@@ -150,6 +150,8 @@ class FinetuneCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Decide on weights before the model looks for them."""
+        for kind in (L.LightningModule, L.LightningDataModule):
+            self.parser.add_instantiator(instantiate, kind, subclasses=True)
         config = self.config[self.subcommand]
         options = config.model.get("init_args") or {}
         self.resumes = Path(config.ckpt_path) if config.get("ckpt_path") else None
