@@ -106,7 +106,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
                 f"{path} holds more than tensors and plain values, and loading it would run code ({code[1]}); it was not "
                 "loaded. Expected a checkpoint written by resnet-finetune."
             ) from error
-        told = str(error).partition("\n")[0] if isinstance(error, RuntimeError | OSError) else ""
+        told = str(error).partition("\n")[0].rstrip(".") if isinstance(error, RuntimeError | OSError) else ""
         raise CheckpointError(f"{path} is damaged or no checkpoint: {told or 'its content cannot be read'}.") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint or KEY not in checkpoint:
         raise CheckpointError(f"{path} is no checkpoint of resnet-finetune: it lacks the entries 'state_dict' and '{KEY}'.")

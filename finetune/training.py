@@ -126,6 +126,7 @@ class FinetuneCLI(LightningCLI):
 
     def __init__(self, typed: Collection[str], *args: Any, **kwargs: Any) -> None:
         self.typed = typed
+        self._given_weights: str | None = None
         super().__init__(*args, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -155,13 +156,21 @@ class FinetuneCLI(LightningCLI):
         config = self.config[self.subcommand]
         options = config.model.get("init_args") or {}
         self.resumes = Path(config.ckpt_path) if config.get("ckpt_path") else None
+        if self.subcommand != "fit" and self.resumes is None:
+            raise ConfigError(f"What shall be measured? Name a run or a checkpoint: {self.subcommand} --ckpt_path RUN")
         if "weights" not in options:
             return
         root = (config.data.get("init_args") or {}).get("root")
         if self.resumes is not None:
+            self._given_weights = options["weights"]
             config.model.init_args.weights = "none"  # the checkpoint brings them
         elif options["weights"] == "auto" and root in BUILT_IN and not available(options["backbone"]):
             self._start_random(config.model.init_args)
+
+    def after_instantiate_classes(self) -> None:
+        """Let the saved configuration say what was given, not what a resumed run made of it."""
+        if self._given_weights is not None:
+            self.config[self.subcommand].model.init_args.weights = self._given_weights
 
     def _start_random(self, options: Any) -> None:
         """Fall back to random weights, on the built-in data only; nothing random may stay frozen."""

@@ -90,7 +90,9 @@ def test_resume_continues_in_its_folder_with_its_history(tmp_path, capsys):
     assert [run.name for run in (tmp_path / "runs").iterdir()] == ["whole"]
     assert len(list((tmp_path / "runs" / "whole").iterdir())) == 1
     assert len(values(whole, "val/acc")) == 7
-    assert (whole / "config.resumed.yaml").is_file()
+    resumed = yaml.safe_load((whole / "config.resumed.yaml").read_text())
+    assert resumed["trainer"]["max_epochs"] == 7
+    assert resumed["model"] == yaml.safe_load((whole / "config.yaml").read_text())["model"]
 
 
 def test_users_own_module_and_data_module(tmp_path, capsys):
@@ -187,6 +189,7 @@ def test_users_own_module_and_data_module(tmp_path, capsys):
         (["fit", "--data.root", "photoz"], "Did you mean 'photos'?"),
         (["fit", *TINY[:2], "--model.weights", "weigths.pth"], "Did you mean 'weights.pth'?"),
         (["fit", "--ckpt_path", "last"], "no run with a checkpoint"),
+        (["test"], "What shall be measured?"),
         (["fit", "--model.lr", "fast"], "expected float; found 'fast'"),
         (["ft"], "Did you mean 'fit'?"),
         (["predict", "nothing.ckpt", "photos"], "no checkpoint nothing.ckpt"),
