@@ -214,8 +214,19 @@ def test_mistakes_are_named_without_a_traceback(tmp_path, capsys, words, says):
 
 
 def test_patience_counts_in_the_last_phase_only(tmp_path):
-    # a rate of almost nothing: no metric ever improves, yet the second phase must come
-    options = ["--model.lr", "1e-12", "--model.freezing", "lp_ft:4", "--run.patience", "1", "--trainer.max_epochs", "9"]
+    # a rate of almost nothing and no moving statistics: no metric ever improves, yet the second phase must come
+    options = [
+        "--model.lr",
+        "1e-12",
+        "--model.bn",
+        "frozen",
+        "--model.freezing",
+        "lp_ft:4",
+        "--run.patience",
+        "1",
+        "--trainer.max_epochs",
+        "9",
+    ]
     main(["fit", *TINY, *options, "--trainer.limit_train_batches", "1"])
     run = only_run(tmp_path)
     assert len(values(run, "val/acc")) == 6  # 4 of the probe, then the first of the last phase and one without improvement
