@@ -7,9 +7,8 @@ import shlex
 import sys
 import warnings
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 from lightning.fabric.plugins import CheckpointIO
@@ -22,35 +21,22 @@ from tabulate import tabulate
 from finetune import checkpoints, hardware
 from finetune.arguments import resolve
 from finetune.callbacks import EpochLine, PhaseEarlyStopping
+from finetune.defaults import RunOptions, trainer_defaults
 from finetune.errors import ConfigError
 from finetune.hub import available
 from finetune.parser import Parser, instantiate, own_errors
 from finetune.runs import CHECKPOINTS, CONFIG, AtomicCheckpointIO, RunLogger, new_run, run_of
 from finetune.sample import BUILT_IN
+from finetune.usage import help_text
 from finetune.version import __version__
-
-
-@dataclass
-class RunOptions:
-    """Where a run is kept and which checkpoint of it is the best.
-
-    Args:
-        name: Name of the run's folder; the recipe's name if null.
-        folder: Where runs are kept: FOLDER/NAME/TIME/.
-        monitor: The metric that chooses best.ckpt.
-        mode: Whether more or less of the metric is better.
-        patience: Stop after this many epochs of the last phase without a better metric; never if null.
-    """
-
-    name: str | None = None
-    folder: str = "runs"
-    monitor: str = "val/acc"
-    mode: Literal["max", "min"] = "max"
-    patience: int | None = None
 
 
 def run(words: list[str]) -> None:
     """Run a verb: `fit`, `validate` or `test` and its options."""
+    if {"-h", "--help"} & set(words):
+        print(help_text(words[0]))
+        return
+    words = ["--help" if word == "--help_all" else word for word in words]
     typed = {word.partition("=")[0] for word in words}
     words = resolve(words)
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -64,7 +50,7 @@ def run(words: list[str]) -> None:
             L.LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
-            trainer_defaults=_trainer_defaults(),
+            trainer_defaults=trainer_defaults(),
             seed_everything_default=0,
             parser_class=Parser,
             parser_kwargs=_PARSER_OPTIONS,
@@ -85,16 +71,6 @@ _EXPECTED_WARNINGS = (
     r".*Checkpoint directory .* exists and is not empty",  # a resumed run goes on in its own folder
     r".*callbacks used to create the checkpoint need to be provided",  # `test` and `validate` keep no checkpoints
 )
-
-
-def _trainer_defaults() -> dict[str, Any]:
-    return {
-        "max_epochs": 10,
-        "precision": hardware.best_precision(),
-        "enable_model_summary": False,  # the table of stages says more
-        "log_every_n_steps": 10,
-        "num_sanity_val_steps": 0,
-    }
 
 
 def _num_classes(data: Any) -> int:

@@ -41,6 +41,8 @@ ORDER = [
     "arguments",
     "callbacks",
     "parser",
+    "defaults",
+    "usage",
     "predict",
     "training",
     "main",

@@ -263,3 +263,11 @@ def test_without_weights_the_built_in_data_start_from_random_ones_loudly(tmp_pat
     with pytest.raises(SystemExit):
         main(["fit", "--config", "linear_probe", *options, "--data.root", "photos"])
     assert "--model.weights none to start from random values" in capsys.readouterr().err.replace("set ", "")
+
+
+def test_help_explains_the_options_of_model_and_data(capsys):
+    main(["fit", "--help"])
+    said = capsys.readouterr().out
+    for option in ("--model.freezing", "--model.lr_decay", "--data.root", "--run.patience", "--trainer.max_epochs"):
+        assert option in said
+    assert " ".join("Factor of the learning rate per stage from the head towards the stem".split()) in " ".join(said.split())

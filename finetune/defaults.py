@@ -1,0 +1,38 @@
+"""What the command chooses where the user says nothing: how runs are kept, and how the trainer runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from finetune.hardware import best_precision
+
+
+@dataclass
+class RunOptions:
+    """Where a run is kept and which checkpoint of it is the best.
+
+    Args:
+        name: Name of the run's folder; the recipe's name if null.
+        folder: Where runs are kept: FOLDER/NAME/TIME/.
+        monitor: The metric that chooses best.ckpt.
+        mode: Whether more or less of the metric is better.
+        patience: Stop after this many epochs of the last phase without a better metric; never if null.
+    """
+
+    name: str | None = None
+    folder: str = "runs"
+    monitor: str = "val/acc"
+    mode: Literal["max", "min"] = "max"
+    patience: int | None = None
+
+
+def trainer_defaults() -> dict[str, Any]:
+    """Return the arguments of the trainer that differ from Lightning's own defaults."""
+    return {
+        "max_epochs": 10,
+        "precision": best_precision(),
+        "enable_model_summary": False,  # the table of stages says more
+        "log_every_n_steps": 10,
+        "num_sanity_val_steps": 0,
+    }

@@ -1,0 +1,42 @@
+"""The help of `fit`, `validate` and `test`."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import lightning as L
+from jsonargparse import ArgumentParser
+
+from finetune.data import FolderDataModule
+from finetune.defaults import RunOptions, trainer_defaults
+from finetune.module import FinetuneModule
+
+
+def help_text(verb: str) -> str:
+    """Return the options that matter, with what they mean; Lightning's own help hides those of model and data.
+
+    Args:
+        verb: `fit`, `validate` or `test`.
+    """
+    parser = ArgumentParser(
+        prog=f"resnet-finetune {verb}",
+        usage=f"resnet-finetune {verb} [--config RECIPE] [--data.root FOLDER] [OPTIONS]",
+        description="Every option can also stand in a YAML file, as in the recipes. --model CLASS and --data CLASS take "
+        "classes of your own.",
+        epilog=f"All options of Lightning's Trainer: resnet-finetune {verb} --help_all",
+    )
+    parser.add_argument("--config", help="a YAML file or the name of a recipe, see: resnet-finetune recipes")
+    parser.add_argument(
+        "--ckpt_path", help="a run's folder, a checkpoint, or 'last': fit goes on with it, validate and test measure"
+    )
+    parser.add_argument("--seed_everything", type=int, default=0, help="seed of all that is random but the split")
+    parser.add_class_arguments(RunOptions, "run")
+    parser.add_class_arguments(FolderDataModule, "data")
+    parser.add_class_arguments(FinetuneModule, "model", skip={"num_classes", "class_names"})
+    shown = {"max_epochs", "max_steps", "accelerator", "devices", "precision", "fast_dev_run", "gradient_clip_val"}
+    shown |= {"accumulate_grad_batches", "limit_train_batches"}
+    hidden: set[Any] = set(inspect.signature(L.Trainer.__init__).parameters) - shown - {"self"}
+    parser.add_class_arguments(L.Trainer, "trainer", skip=hidden)
+    parser.set_defaults({f"trainer.{name}": value for name, value in trainer_defaults().items() if name in shown})
+    return parser.format_help()
