@@ -30,8 +30,8 @@ class Parser(LightningArgumentParser):
         if own := own_error(ex):
             raise own
         print(f"error: {explain(message, _option_strings(self))}", file=sys.stderr)
-        words = self.prog.replace(" [options]", "").split()
-        print(f"For all options: {' '.join([words[0], *(words[1:] or ['fit'])])} --help", file=sys.stderr)
+        verb = next((word for word in self.prog.split() if word in ("validate", "test")), "fit")  # they take the same options
+        print(f"For all options: resnet-finetune {verb} --help", file=sys.stderr)
         raise SystemExit(2)
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from finetune.data import FolderDataModule
 from finetune.errors import ConfigError, DataError
 from finetune.images import read_image
-from finetune.loading import EvalSampler, PictureDataset, PictureError, TrainSampler, even_batch_size
+from finetune.loading import PictureError
 from finetune.transforms import InputSpec, eval_transform
 
 pytestmark = [
@@ -197,44 +197,6 @@ def test_a_picture_that_cannot_be_read_is_named_without_a_traceback(tmp_path, wo
     assert type(caught.value) is PictureError
     assert str(caught.value).startswith(str(tmp_path))
     assert "Traceback" not in str(caught.value)
-
-
-# --------------------------------------------------------------------------------------------------------- several ranks
-
-
-def sampler(n, world, rank, batch_size=2, position=None):
-    return TrainSampler(PictureDataset(Path(), [("", 0)] * n, lambda image: image), batch_size, 0, position, world, rank)
-
-
-@pytest.mark.parametrize(("n", "world", "each"), [(10, 2, 5), (11, 2, 5), (3, 4, 1), (7, 1, 7)])
-def test_ranks_share_an_epoch_evenly(n, world, each):
-    parts = [[index for _, index in sampler(n, world, rank)] for rank in range(world)]
-    assert [len(part) for part in parts] == [each] * world == [len(sampler(n, world, rank)) for rank in range(world)]
-    counts = Counter(index for part in parts for index in part)
-    assert max(counts.values()) == (1 if n >= world else 2)
-    assert set(counts) <= set(range(n))
-
-
-@pytest.mark.parametrize(("n", "world"), [(9, 2), (10, 3), (4, 4)])
-def test_evaluation_sees_every_picture_once(n, world):
-    dataset = PictureDataset(Path(), [("", 0)] * n, lambda image: image)
-    samplers = [EvalSampler(dataset, world, rank) for rank in range(world)]
-    assert sorted(index for part in samplers for index in part) == list(range(n))
-    for batch_size in range(1, 7):
-        batches = {-(-len(part) // even_batch_size(n, world, batch_size)) for part in samplers}
-        assert len(batches) == 1
-
-
-def test_a_position_within_the_epoch():
-    whole = list(sampler(10, 1, 0))
-    assert whole == [(0, index) for _, index in whole]
-    assert list(sampler(10, 1, 0, position=lambda: (0, 3))) == whole[6:]
-    assert [epoch for epoch, _ in sampler(10, 1, 0, position=lambda: (4, 0))] == [4] * 10
-    # combined with a longer loader it starts again after its 5 batches, in another order
-    again = list(sampler(10, 1, 0, position=lambda: (0, 5)))
-    assert sorted(again) == sorted(whole)
-    assert again != whole
-    assert list(sampler(10, 1, 0, position=lambda: (0, 7))) == again[4:]
 
 
 # -------------------------------------------------------------------------------------------------------- with a trainer

@@ -1,14 +1,11 @@
-"""Groups, optimizers and the timetable against tables written by hand."""
+"""Groups and optimizers against tables written by hand."""
 
 import pytest
 import torch
 from torch import nn
 
 from finetune.errors import ConfigError
-from finetune.freezing import plan
 from finetune.optim import StageRates, build_groups, build_optimizer
-from finetune.schedules import Schedule
-from finetune.timetable import Timetable
 
 STAGES = ["stem", "layer1", "head"]
 
@@ -74,14 +71,3 @@ def test_optimizer_mistakes():
         build_optimizer("adamww", groups, 0.9, None)
     with pytest.raises(ConfigError, match="no_such_option"):
         build_optimizer("sgd", groups, 0.9, {"no_such_option": 1})
-
-
-def test_timetable_by_hand():
-    # 3 epochs of 4 steps: head, then layer1 joins at step 4, stem at step 8, each over 2 steps; the rate drops in the middle
-    phases = plan("gradual", STAGES, 3)
-    schedule = Schedule("step", total=12, warmup=2, milestones=[0.5], drop=0.1)
-    times = Timetable(phases, schedule, steps_per_epoch=4, ramp_steps=2, stages=tuple(STAGES))
-    assert [round(times.factor("head", s), 6) for s in range(12)] == [0.5, 1, 1, 1, 1, 1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1]
-    assert [round(times.factor("layer1", s), 6) for s in range(12)] == [0, 0, 0, 0, 0.5, 1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1]
-    assert [round(times.factor("stem", s), 6) for s in range(12)] == [0] * 8 + [0.05, 0.1, 0.1, 0.1]
-    assert times.announce(1) == "Epoch 2: phase 2 of 3 begins: layer1, head train."

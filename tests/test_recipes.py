@@ -41,15 +41,3 @@ def test_header_says_purpose_data_command_overrides_and_expectation(name):
     for word, content in {"Data": "root/", "Run": f"--config {name}", "Override": "--model.", "Expect": ""}.items():
         assert any(line.startswith(word) and content in line for line in lines), word
     assert list(yaml.safe_load(path.read_text())) == ["model", "data", "trainer", "seed_everything"]
-
-
-def test_list_and_copy(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    main(["recipes"])
-    said = capsys.readouterr().out
-    assert all(name in said and header(recipes_folder() / f"{name}.yaml")[0] in said for name in recipe_names())
-    main(["recipes", "--copy", "small", "mine.yaml"])
-    assert (tmp_path / "mine.yaml").read_text() == (recipes_folder() / "small.yaml").read_text()
-    with pytest.raises(SystemExit):
-        main(["recipes", "--copy", "small", "mine.yaml"])
-    assert "not overwritten" in capsys.readouterr().err

@@ -270,4 +270,4 @@ def test_help_explains_the_options_of_model_and_data(capsys):
     said = capsys.readouterr().out
     for option in ("--model.freezing", "--model.lr_decay", "--data.root", "--run.patience", "--trainer.max_epochs"):
         assert option in said
-    assert " ".join("Factor of the learning rate per stage from the head towards the stem".split()) in " ".join(said.split())
+    assert "Factor of the learning rate per stage from the head towards the stem" in " ".join(said.split())

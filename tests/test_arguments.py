@@ -1,0 +1,103 @@
+"""Words in, words out: a table of what the command's words become."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from finetune.arguments import resolve
+from finetune.errors import CheckpointError, ConfigError
+
+SMALL = str(Path(__file__).parents[1] / "recipes" / "small.yaml")
+OLD, NEW, ELSEWHERE = "runs/small/1", "runs/large/2", "other/mine/3"
+
+
+@pytest.fixture(autouse=True)
+def _folders(tmp_path, monkeypatch):
+    """Two runs, one of them newer, one in another folder, a configuration, and a checkpoint outside any run."""
+    monkeypatch.chdir(tmp_path)
+    for age, run in enumerate((ELSEWHERE, NEW, OLD)):
+        folder = Path(run, "checkpoints")
+        folder.mkdir(parents=True)
+        Path(run, "config.yaml").touch()
+        for kind in ("best", "last"):
+            (folder / f"{kind}.ckpt").touch()
+            os.utime(folder / f"{kind}.ckpt", (1e9 - age, 1e9 - age))
+    for name in ("mine.yaml", "stray.ckpt"):
+        Path(name).touch()
+
+
+def config(path):
+    return ["--config", str(path)]
+
+
+def start(run, kind):
+    return [*config(f"{run}/config.yaml"), "--ckpt_path", f"{run}/checkpoints/{kind}.ckpt"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        # nothing of ours: the words stay as they are, in their order
+        (["fit"], ["fit"]),
+        (["fit", "--model.lr", "3", "--trainer.max_epochs=2"], ["fit", "--model.lr", "3", "--trainer.max_epochs=2"]),
+        (["test", "--help"], ["test", "--help"]),
+        # a recipe becomes its file and names the run; a name that is given comes later, so it wins
+        (["fit", "--config", "small"], ["fit", *config(SMALL), "--run.name", "small"]),
+        (["fit", "-c", "small"], ["fit", *config(SMALL), "--run.name", "small"]),
+        (["fit", "--config=small.yaml"], ["fit", *config(SMALL), "--run.name", "small"]),
+        (["validate", "--config", "small"], ["validate", *config(SMALL)]),
+        (["fit", "--config", "mine.yaml"], ["fit", *config("mine.yaml"), "--run.name", "mine"]),
+        (
+            ["fit", "--model.lr", "3", "--config", "small", "--config", "mine.yaml", "--run.name", "x"],
+            ["fit", *config(SMALL), *config("mine.yaml"), "--run.name", "mine", "--model.lr", "3", "--run.name", "x"],
+        ),
+        # a run becomes a checkpoint with the configuration beside it: to go on, the last; to measure, the best
+        (["fit", "--ckpt_path", OLD], ["fit", *start(OLD, "last")]),
+        (["test", "--ckpt_path", OLD], ["test", *start(OLD, "best")]),
+        (["validate", f"--ckpt_path={OLD}"], ["validate", *start(OLD, "best")]),
+        (["fit", "--ckpt_path", f"{OLD}/checkpoints/best.ckpt"], ["fit", *start(OLD, "best")]),
+        (["fit", "--ckpt_path", "x", "--ckpt_path", OLD, "--model.lr", "3"], ["fit", *start(OLD, "last"), "--model.lr", "3"]),
+        # last: the newest run, the newest of the recipe's, the newest of the folder
+        (["fit", "--ckpt_path", "last"], ["fit", *start(NEW, "last")]),
+        (
+            ["fit", "--config", "small", "--ckpt_path", "last"],
+            ["fit", *config(SMALL), "--ckpt_path", f"{OLD}/checkpoints/last.ckpt"],
+        ),
+        (
+            ["fit", "--ckpt_path", "last", "--run.folder", "other"],
+            ["fit", *start(ELSEWHERE, "last"), "--run.folder", "other"],
+        ),
+        # a configuration of the user takes the place of the run's
+        (
+            ["test", "--ckpt_path", "stray.ckpt", "--config", "mine.yaml"],
+            ["test", *config("mine.yaml"), "--ckpt_path", "stray.ckpt"],
+        ),
+        # null: from the start, whatever the configuration says
+        (
+            ["fit", "--config", "mine.yaml", "--ckpt_path", "null"],
+            ["fit", *config("mine.yaml"), "--run.name", "mine", "--ckpt_path", "null"],
+        ),
+    ],
+    ids=lambda value: " ".join(value).replace(SMALL, "SMALL"),
+)
+def test_words(words, expected):
+    assert resolve(words) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "says"),
+    [
+        (["fit", "--config"], ConfigError, "--config needs a value"),
+        (["fit", "--ckpt_path="], ConfigError, "--ckpt_path needs a value"),
+        (["fit", "--config", "smal"], ConfigError, "Did you mean 'small'"),
+        (["fit", "--ckpt_path", "stray.ckpt"], ConfigError, r"no config\.yaml of a run beside stray\.ckpt"),
+        (["fit", "--ckpt_path", "stry.ckpt"], CheckpointError, r"Did you mean 'stray\.ckpt'"),
+        (["fit", "--ckpt_path", "last", "--run.folder", "none"], CheckpointError, "no run with a checkpoint in none"),
+        (["fit", "--ckpt_path", "last", "--config", "scratch"], CheckpointError, "no run with a checkpoint in runs/scratch"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes(words, error, says):
+    with pytest.raises(error, match=says):
+        resolve(words)

@@ -1,0 +1,43 @@
+"""The metrics of a split against scikit-learn, summed up over uneven batches."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, top_k_accuracy_score
+
+from finetune.metrics import build_metrics
+
+
+def numbers(classes, number=101):
+    rng = np.random.default_rng(classes)
+    labels = rng.choice(classes, number, p=np.arange(1, classes + 1) / sum(range(1, classes + 1)))  # uneven classes
+    labels[:classes] = range(classes)
+    logits = rng.normal(size=(number, classes)) + 1.5 * np.eye(classes)[labels]
+    return logits, labels
+
+
+@pytest.mark.parametrize("classes", [2, 5, 6, 10])
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_against_scikit_learn(classes, split):
+    logits, labels = numbers(classes)
+    metrics = build_metrics(split, classes)
+    for part in np.split(np.arange(len(labels)), [7, 64, 100]):
+        metrics.update(torch.from_numpy(logits[part]), torch.from_numpy(labels[part]))
+    guess = logits.argmax(1)
+    expected = {
+        f"{split}/acc": accuracy_score(labels, guess),
+        f"{split}/acc_macro": balanced_accuracy_score(labels, guess),
+        f"{split}/f1": f1_score(labels, guess, average="macro"),
+    }
+    if classes > 5:  # with five classes the top five are always right
+        expected[f"{split}/acc_top5"] = top_k_accuracy_score(labels, logits, k=5)
+    assert {name: float(value) for name, value in metrics.compute().items()} == pytest.approx(expected, abs=1e-6)
+
+
+def test_training_counts_what_is_right_and_starts_anew_after_a_reset():
+    metrics = build_metrics("train", 10)
+    logits, labels = (torch.from_numpy(values) for values in numbers(10))
+    metrics.update(logits, labels)
+    metrics.reset()
+    metrics.update(torch.eye(10)[:4], torch.tensor([0, 1, 2, 9]))
+    assert {name: float(value) for name, value in metrics.compute().items()} == {"train/acc": 0.75}
