@@ -239,7 +239,7 @@ class FinetuneModule(L.LightningModule):
         logits = self(images)
         loss = self.loss(logits, labels)
         self._metrics_of(split).update(logits.detach(), labels)
-        self.log(f"{split}/loss", loss, on_step=False, on_epoch=True, batch_size=len(labels), sync_dist=split != "train")
+        self.log(f"{split}/loss", loss, on_step=False, on_epoch=True, batch_size=len(labels), sync_dist=True)
         return loss
 
     def _metrics_of(self, split: str) -> MetricCollection:
@@ -252,7 +252,7 @@ class FinetuneModule(L.LightningModule):
         values = metrics.compute()
         metrics.reset()
         for name, value in values.items():
-            self.log(name, value, prog_bar=name.endswith("/acc"))
+            self.log(name, value, prog_bar=name.endswith("/acc"), sync_dist=True)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a training batch."""

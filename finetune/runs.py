@@ -103,6 +103,9 @@ class RunLogger(CSVLogger):
         super().__init__(save_dir=run.parent.parent, name=run.parent.name, version=run.name)
         self._until = until
 
+    def log_hyperparams(self, params: Any = None) -> None:
+        """Leave options to the run's configuration file."""
+
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:

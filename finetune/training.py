@@ -228,6 +228,19 @@ class FinetuneCLI(LightningCLI):
                 "warning: this machine computes bfloat16 in software: --trainer.precision 32-true is many times faster"
             )
 
+    def fit(self, **kwargs: Any) -> None:
+        """Train; when interrupted, say how to go on."""
+        try:
+            self.trainer.fit(**kwargs)
+        except (KeyboardInterrupt, SystemExit):
+            last = None if self.run_folder is None else self.run_folder / CHECKPOINTS / "last.ckpt"
+            if last is not None and last.is_file():
+                run = shlex.quote(str(_relative(last.parent.parent)))
+                rank_zero_print(f"\nStopped. To go on from the last whole epoch: resnet-finetune fit --ckpt_path {run}")
+            else:
+                rank_zero_print("\nStopped before the first epoch was done: there is no checkpoint to go on from.")
+            raise
+
     def after_fit(self) -> None:
         """Test the best checkpoint if there is a test split, and say where things are and what to type next."""
         if self.run_folder is None:

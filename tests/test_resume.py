@@ -62,3 +62,17 @@ def test_killed_and_resumed_equals_not_killed(tmp_path, epoch):
     assert all(torch.equal(value, b["state_dict"][name]) for name, value in a["state_dict"].items())
     rates = [[group["lr"] for group in s["optimizer_states"][0]["param_groups"]] for s in (a, b)]
     assert rates[0] == rates[1]
+
+
+def test_an_interrupted_run_says_how_to_go_on(tmp_path):
+    with start(tmp_path, *OPTIONS) as run:
+        for line in run.stdout:
+            if line.startswith("epoch 1/"):
+                time.sleep(0.3)
+                os.kill(run.pid, signal.SIGINT)
+                break
+        said = run.stdout.read()
+    assert run.returncode != 0
+    (folder,) = tmp_path.glob("runs/small/*")
+    assert f"resnet-finetune fit --ckpt_path runs/small/{folder.name}" in said
+    assert "Traceback" not in said
