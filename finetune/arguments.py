@@ -7,7 +7,7 @@ from pathlib import Path
 
 from finetune.errors import ConfigError
 from finetune.recipe_files import find_recipe
-from finetune.runs import CONFIG, find_checkpoint, run_of
+from finetune.runs import CONFIG, RESUMED_CONFIG, find_checkpoint, run_of
 
 _OURS = ("--config", "-c", "--ckpt_path", "--run.folder")
 
@@ -64,6 +64,7 @@ def _take(words: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
 
 def _config_of(checkpoint: Path) -> Path:
     home = run_of(checkpoint)
-    if home is None or not (home / CONFIG).is_file():
+    kept = [] if home is None else [path for path in (home / RESUMED_CONFIG, home / CONFIG) if path.is_file()]
+    if not kept:
         raise ConfigError(f"There is no {CONFIG} of a run beside {checkpoint}: name the configuration with --config FILE.")
-    return home / CONFIG
+    return kept[0]

@@ -56,12 +56,8 @@ def adopt(checkpoint: Mapping[str, Any], module: FinetuneModule) -> None:
             f"The checkpoint has format {stamped['format']} (written by version {stamped['version']}), this is version "
             f"{__version__} and reads up to {FORMAT}. Update with: pip install -U resnet-finetune"
         )
+    refuse_other_classes(checkpoint, module)
     names, mine = stamped["class_names"], module.class_names
-    if names and mine and list(names) != list(mine):
-        raise CheckpointError(
-            f"The checkpoint was trained on {len(names)} classes ({_shorten(names)}), the data has {len(mine)} "
-            f"({_shorten(mine)}). Use the data it was trained on, or start a new run from it with --model.weights CHECKPOINT."
-        )
     trainer = module._trainer
     if trainer is not None and trainer.state.fn == "fit":
         refuse_other_options(checkpoint.get("hyper_parameters", {}), module.hparams)
@@ -69,6 +65,20 @@ def adopt(checkpoint: Mapping[str, Any], module: FinetuneModule) -> None:
     module.weights_report = Report.from_dict(stamped["weights"])
     if getattr(getattr(trainer, "datamodule", None), "input_spec", None) is None:  # nobody else says what pictures come in
         module.input_spec = InputSpec(**{**stamped["input"], **{k: tuple(stamped["input"][k]) for k in ("mean", "std")}})
+
+
+def refuse_other_classes(checkpoint: Mapping[str, Any], module: FinetuneModule) -> None:
+    """Compare the classes of a checkpoint with those of the data.
+
+    Raises:
+        CheckpointError: If they differ.
+    """
+    names, mine = (checkpoint.get(KEY) or {}).get("class_names"), module.class_names
+    if names and mine and list(names) != list(mine):
+        raise CheckpointError(
+            f"The checkpoint was trained on {len(names)} classes ({_shorten(names)}), the data has {len(mine)} "
+            f"({_shorten(mine)}). Use the data it was trained on, or start a new run from it with --model.weights CHECKPOINT."
+        )
 
 
 def refuse_other_options(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:

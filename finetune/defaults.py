@@ -16,14 +16,14 @@ class RunOptions:
         name: Name of the run's folder; the recipe's name if null.
         folder: Where runs are kept: FOLDER/NAME/TIME/.
         monitor: The metric that chooses best.ckpt.
-        mode: Whether more or less of the metric is better.
+        mode: Whether more or less of the metric is better; less for a loss, more for all else, if null.
         patience: Stop after this many epochs of the last phase without a better metric; never if null.
     """
 
     name: str | None = None
     folder: str = "runs"
     monitor: str = "val/acc"
-    mode: Literal["max", "min"] = "max"
+    mode: Literal["max", "min"] | None = None
     patience: int | None = None
 
 

@@ -25,6 +25,9 @@ def check_options(h: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"warmup_epochs ({h['warmup_epochs']}) and warmup_steps ({h['warmup_steps']}) are both set: give one of them."
         )
+    milestones = h["step_milestones"] or []
+    if any(not 0 < share < 1 for share in milestones) or list(milestones) != sorted(milestones):
+        raise ConfigError(f"Expected step_milestones to be rising shares of the run between 0 and 1, found {milestones}.")
     positive = {"lr": h["lr"], "lr_decay": h["lr_decay"], "step_drop": h["step_drop"]}
     zero_or_more = {name: h[name] for name in ("weight_decay", "momentum", "warmup_epochs", "warmup_steps", "ramp_epochs")}
     shares = {name: h[name] for name in ("label_smoothing", "min_lr_ratio")}

@@ -20,6 +20,7 @@ from finetune.errors import CheckpointError, ConfigError, did_you_mean
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
+RESUMED_CONFIG = "config.resumed.yaml"  # of the last resume, which may have prolonged the run
 _SHARED = "RESNET_FINETUNE_RUN"  # how the first process tells those that it starts
 
 

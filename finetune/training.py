@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning as L
 from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
@@ -24,8 +25,9 @@ from finetune.callbacks import EpochLine, PhaseEarlyStopping
 from finetune.defaults import RunOptions, trainer_defaults
 from finetune.errors import ConfigError
 from finetune.hub import available
+from finetune.module import FinetuneModule
 from finetune.parser import Parser, instantiate, own_errors
-from finetune.runs import CHECKPOINTS, CONFIG, AtomicCheckpointIO, RunLogger, new_run, run_of
+from finetune.runs import CHECKPOINTS, CONFIG, RESUMED_CONFIG, AtomicCheckpointIO, RunLogger, new_run, run_of
 from finetune.sample import BUILT_IN
 from finetune.usage import help_text
 from finetune.version import __version__
@@ -102,6 +104,7 @@ class FinetuneCLI(LightningCLI):
 
     def __init__(self, typed: Collection[str], *args: Any, **kwargs: Any) -> None:
         self.typed = typed
+        self.best: ModelCheckpoint | None = None
         self._given_weights: str | None = None
         super().__init__(*args, **kwargs)
 
@@ -134,6 +137,10 @@ class FinetuneCLI(LightningCLI):
         self.resumes = Path(config.ckpt_path) if config.get("ckpt_path") else None
         if self.subcommand != "fit" and self.resumes is None:
             raise ConfigError(f"What shall be measured? Name a run or a checkpoint: {self.subcommand} --ckpt_path RUN")
+        if config.get("weights_only") is False:
+            raise ConfigError("--weights_only false would run code inside the checkpoint, which is never done. Leave it out.")
+        if self.resumes is not None:
+            self._look_into(self.resumes, config)
         if "weights" not in options:
             return
         root = (config.data.get("init_args") or {}).get("root")
@@ -142,6 +149,16 @@ class FinetuneCLI(LightningCLI):
             config.model.init_args.weights = "none"  # the checkpoint brings them
         elif options["weights"] == "auto" and root in BUILT_IN and not available(options["backbone"]):
             self._start_random(config.model.init_args)
+
+    def _look_into(self, checkpoint: Path, config: Any) -> None:
+        """Read a checkpoint before anything is built or written, and say what will be continued."""
+        inside = checkpoints.read(checkpoint)
+        self.done_steps, done = int(inside["global_step"]), int(inside["epoch"]) + 1
+        self.stored = {key: inside.get(key) for key in ("hyper_parameters", checkpoints.KEY)}
+        if self.subcommand == "fit":
+            rank_zero_print(f"Resuming {_relative(checkpoint)}: {done} epochs are done.")
+            if 0 < (config.trainer.max_epochs or -1) <= done:
+                rank_zero_print(f"Nothing is left to train; --trainer.max_epochs above {done} would go on.")
 
     def after_instantiate_classes(self) -> None:
         """Let the saved configuration say what was given, not what a resumed run made of it."""
@@ -176,13 +193,18 @@ class FinetuneCLI(LightningCLI):
             config["default_root_dir"] = str(self.run_folder)
             config["logger"] = self._loggers(config["logger"], self.run_folder)
             config["plugins"] = _with_checkpoint_io(config["plugins"])
-            callbacks = self._callbacks(options, self.run_folder)
+            callbacks = self._callbacks(options, self.run_folder, config["enable_checkpointing"] is not False)
             if (self.run_folder / CONFIG).exists():
-                self.save_config_kwargs = {**self.save_config_kwargs, "config_filename": "config.resumed.yaml"}
+                self.save_config_kwargs = {**self.save_config_kwargs, "config_filename": RESUMED_CONFIG}
         else:
             config["logger"] = config["logger"] or False
             self.save_config_callback = None
-        return self._instantiate_trainer(config, callbacks)
+            if self.subcommand != "fit":
+                config["enable_checkpointing"] = False
+        try:
+            return self._instantiate_trainer(config, callbacks)
+        except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
+            raise ConfigError(f"The trainer cannot be made with these options: {error}") from error
 
     def _run_folder(self, options: RunOptions) -> Path:
         home = run_of(self.resumes) if self.resumes is not None else None
@@ -191,25 +213,20 @@ class FinetuneCLI(LightningCLI):
     def _loggers(self, given: Any, run_folder: Path) -> Any:
         if given is False:
             return False
-        until = None
-        if self.resumes is not None:
-            until = int(checkpoints.read(self.resumes)["global_step"])
+        until = None if self.resumes is None else self.done_steps
         others = [] if given in (None, True) else given if isinstance(given, list) else [given]
         return [RunLogger(run_folder, until), *others]
 
-    def _callbacks(self, options: RunOptions, run_folder: Path) -> list[L.Callback]:
-        self.best = ModelCheckpoint(
-            dirpath=run_folder / CHECKPOINTS,
-            filename="best",
-            monitor=options.monitor,
-            mode=options.mode,
-            save_last=True,
-            save_on_train_epoch_end=True,
-            enable_version_counter=False,
-        )
-        callbacks: list[L.Callback] = [self.best, EpochLine()]
+    def _callbacks(self, options: RunOptions, run_folder: Path, keep: bool) -> list[L.Callback]:
+        callbacks: list[L.Callback] = [EpochLine()]
+        mode = options.mode or ("min" if "loss" in options.monitor else "max")
+        if keep:
+            where: dict[str, Any] = {"dirpath": run_folder / CHECKPOINTS, "save_on_train_epoch_end": True}
+            where["enable_version_counter"] = False
+            self.best = ModelCheckpoint(filename="best", monitor=options.monitor, mode=mode, **where)
+            callbacks += [self.best, ModelCheckpoint(filename="last", **where)]
         if options.patience is not None:
-            callbacks.append(PhaseEarlyStopping(options.monitor, mode=options.mode, patience=options.patience))
+            callbacks.append(PhaseEarlyStopping(options.monitor, mode=mode, patience=options.patience))
         return callbacks
 
     def _strategy(self, config: dict[str, Any]) -> Any:
@@ -230,8 +247,13 @@ class FinetuneCLI(LightningCLI):
 
     def fit(self, **kwargs: Any) -> None:
         """Train; when interrupted, say how to go on."""
+        if self.resumes is not None and isinstance(self.model, FinetuneModule):
+            checkpoints.refuse_other_classes(self.stored, self.model)
+            checkpoints.refuse_other_options(self.stored["hyper_parameters"] or {}, self.model.hparams)
         try:
             self.trainer.fit(**kwargs)
+        except MisconfigurationException as error:
+            raise ConfigError(str(error)) from error
         except (KeyboardInterrupt, SystemExit):
             last = None if self.run_folder is None else self.run_folder / CHECKPOINTS / "last.ckpt"
             if last is not None and last.is_file():
@@ -243,9 +265,9 @@ class FinetuneCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Test the best checkpoint if there is a test split, and say where things are and what to type next."""
-        if self.run_folder is None:
+        if self.run_folder is None or self.best is None:
             return
-        chosen = Path(self.best.best_model_path or self.best.last_model_path or "")
+        chosen = Path(self.best.best_model_path or self.run_folder / CHECKPOINTS / "last.ckpt")
         if not chosen.is_file():
             rank_zero_print("No checkpoint was written: the run ended before its first epoch did.")
             return
@@ -256,10 +278,14 @@ class FinetuneCLI(LightningCLI):
             results = self.trainer.test(datamodule=self.datamodule, ckpt_path=str(chosen), weights_only=True, verbose=False)
             rank_zero_print(_metric_table(results))
         run = _relative(self.run_folder)
-        rank_zero_print(f"files  {run}/  ({CONFIG}, metrics.csv, {CHECKPOINTS}/best.ckpt, {CHECKPOINTS}/last.ckpt)")
-        rank_zero_print(f"next   resnet-finetune predict {shlex.quote(str(run))} PICTURES --out predictions.csv")
+        kept = [*self.run_folder.glob("*.*"), *(self.run_folder / CHECKPOINTS).glob("*.ckpt")]
+        rank_zero_print(f"files  {run}/  ({', '.join(sorted(str(path.relative_to(self.run_folder)) for path in kept))})")
+        if isinstance(self.model, FinetuneModule):
+            rank_zero_print(f"next   resnet-finetune predict {shlex.quote(str(run))} PICTURES --out predictions.csv")
 
     def _has_test(self) -> bool:
+        if not is_overridden("test_step", self.model, L.LightningModule):
+            return False
         has = getattr(self.datamodule, "has_test", None)
         return bool(has) if has is not None else is_overridden("test_dataloader", self.datamodule, L.LightningDataModule)
 

@@ -39,7 +39,7 @@ def test_readme_snippet_trains_and_tests(tmp_path, monkeypatch, capsys):
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
     code = code.replace("resnet18", "test_resnet").replace("max_epochs=5", "max_epochs=1, limit_train_batches=2, logger=False")
     exec(compile(code, "README.md", "exec"), {})
-    assert "test/acc" in capsys.readouterr().out
+    assert "val/acc" in capsys.readouterr().out
 
 
 def test_extending_guide_runs_as_written(tmp_path, monkeypatch):

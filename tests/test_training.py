@@ -1,6 +1,7 @@
 """The command end to end, in this process, on built-in data or on a user's own classes."""
 
 import csv
+import os
 import sys
 import textwrap
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from finetune.main import main
 from finetune.sample import digits_folder
@@ -86,10 +88,27 @@ def test_resume_continues_in_its_folder_with_its_history(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "lr: 0.01 in the checkpoint, 0.5 now" in said
 
+    before = {path.name: path.read_bytes() for path in whole.glob("*.*")}
+    digits = yaml.safe_load((whole / "config.yaml").read_text())["data"]["init_args"]["root"]
+    (tmp_path / "other").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "other" / name).mkdir()
+        for number in range(4):
+            Image.new("RGB", (8, 8)).save(tmp_path / "other" / name / f"{number}.png")
+    with pytest.raises(SystemExit):
+        main(["fit", "--ckpt_path", "last", "--data.root", "other"])
+    assert "trained on 10 classes" in capsys.readouterr().err
+    assert digits == "digits"
+    assert {path.name: path.read_bytes() for path in whole.glob("*.*")} == before  # a refusal leaves no trace
+
     main(["fit", "--ckpt_path", "last", "--trainer.max_epochs", "7"])
+    assert "6 epochs are done" in capsys.readouterr().out
     assert [run.name for run in (tmp_path / "runs").iterdir()] == ["whole"]
     assert len(list((tmp_path / "runs" / "whole").iterdir())) == 1
     assert len(values(whole, "val/acc")) == 7
+    assert torch.load(whole / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 6
+    main(["fit", "--ckpt_path", "last"])  # of a prolonged run
+    assert "Nothing is left to train" in capsys.readouterr().out
     resumed = yaml.safe_load((whole / "config.resumed.yaml").read_text())
     assert resumed["trainer"]["max_epochs"] == 7
     assert resumed["model"] == yaml.safe_load((whole / "config.yaml").read_text())["model"]
@@ -190,6 +209,12 @@ def test_users_own_module_and_data_module(tmp_path, capsys):
         (["fit", *TINY[:2], "--model.weights", "weigths.pth"], "Did you mean 'weights.pth'?"),
         (["fit", "--ckpt_path", "last"], "no run with a checkpoint"),
         (["test"], "What shall be measured?"),
+        (["fit", *TINY, "--trainer.strategy", "dpp"], "The trainer cannot be made"),
+        (
+            ["fit", *TINY, "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1", "--run.monitor", "val/f2"],
+            "val/f2",
+        ),
+        (["fit", "--model.schedule", "step", "--model.step_milestones", "[5,8]", *TINY], "between 0 and 1"),
         (["fit", "--model.lr", "fast"], "expected float; found 'fast'"),
         (["ft"], "Did you mean 'fit'?"),
         (["predict", "nothing.ckpt", "photos"], "no checkpoint nothing.ckpt"),
@@ -257,8 +282,6 @@ def test_without_weights_the_built_in_data_start_from_random_ones_loudly(tmp_pat
     (tmp_path / "photos" / "a").mkdir(parents=True)
     (tmp_path / "photos" / "b").mkdir()
     for name in ("a/1.png", "a/2.png", "b/1.png", "b/2.png"):
-        from PIL import Image
-
         Image.new("RGB", (8, 8)).save(tmp_path / "photos" / name)
     with pytest.raises(SystemExit):
         main(["fit", "--config", "linear_probe", *options, "--data.root", "photos"])
@@ -271,3 +294,29 @@ def test_help_explains_the_options_of_model_and_data(capsys):
     for option in ("--model.freezing", "--model.lr_decay", "--data.root", "--run.patience", "--trainer.max_epochs"):
         assert option in said
     assert "Factor of the learning rate per stage from the head towards the stem" in " ".join(said.split())
+
+
+def test_last_is_the_last_epoch_also_when_the_best_was_the_first(tmp_path):
+    # nothing is learned, so that no epoch is better than the first: regression of a last.ckpt that followed the best
+    options = ["--model.lr", "1e-12", "--model.bn", "frozen", "--trainer.max_epochs", "4", "--trainer.limit_train_batches", "1"]
+    main(["fit", *TINY, *options, "--run.monitor", "val/loss"])
+    kept = {
+        kind: torch.load(only_run(tmp_path) / "checkpoints" / f"{kind}.ckpt", weights_only=True) for kind in ("best", "last")
+    }
+    losses = values(only_run(tmp_path), "val/loss")
+    assert kept["last"]["epoch"] == 3
+    assert kept["best"]["epoch"] == losses.index(min(losses))
+
+
+def test_code_in_a_checkpoint_is_not_run_by_any_verb(tmp_path, capsys):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "harmed"),)
+
+    torch.save({"state_dict": {}, "x": Evil()}, tmp_path / "evil.ckpt")
+    for verb in ("fit", "validate", "test"):
+        for more in ([], ["--weights_only", "false"]):
+            with pytest.raises(SystemExit):
+                main([verb, "--config", "small", *TINY, "--ckpt_path", "evil.ckpt", *more])
+            assert capsys.readouterr().err.startswith("error: ")
+    assert not (tmp_path / "harmed").exists()
