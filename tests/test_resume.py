@@ -19,7 +19,7 @@ COMMAND = [sys.executable, "-c", "from finetune.main import main; main()", "fit"
 
 def start(folder, *words):
     folder.mkdir(exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
         [*COMMAND, *words],
         cwd=folder,
@@ -65,7 +65,7 @@ def test_killed_and_resumed_equals_not_killed(tmp_path, epoch):
 
 
 def test_an_interrupted_run_says_how_to_go_on(tmp_path):
-    with start(tmp_path, *OPTIONS) as run:
+    with start(tmp_path, *OPTIONS, "--trainer.max_epochs", "200") as run:  # more than it will ever come to
         for line in run.stdout:
             if line.startswith("epoch 1/"):
                 time.sleep(0.3)
