@@ -167,7 +167,7 @@ def _device(name: str) -> torch.device:
     try:
         device = hardware.best_device() if name == "auto" else torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise ConfigError(
             f"The device '{name}' cannot be used: {str(error).splitlines()[0]} Give --device auto or cpu."
         ) from error
