@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import enum
 import os
-import pickle
-import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from finetune.errors import CheckpointError, did_you_mean
+from finetune.errors import CheckpointError, WeightsError, did_you_mean
 from finetune.transforms import InputSpec
 from finetune.version import __version__
+from finetune.weight_files import read_file
 from finetune.weights import Report
 
 if TYPE_CHECKING:
@@ -98,29 +95,46 @@ def refuse_other_options(old: Mapping[str, Any], new: Mapping[str, Any]) -> None
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a checkpoint of this toolkit without running pickled code.
+    """Read a Lightning checkpoint without running pickled code.
 
     Raises:
-        CheckpointError: If it is missing, damaged, or holds more than tensors and plain values.
+        CheckpointError: If it is missing, damaged, no checkpoint, or holds more than tensors and plain values.
     """
     path = Path(path)
     if not path.is_file():
         siblings = [p.name for p in path.parent.glob("*.ckpt")] if path.parent.is_dir() else []
         raise CheckpointError(f"There is no checkpoint {path}.{did_you_mean(path.name, siblings)}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what a damaged file raises differs by the place of the damage
-        code = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        if code:
-            raise CheckpointError(
-                f"{path} holds more than tensors and plain values, and loading it would run code ({code[1]}); it was not "
-                "loaded. Expected a checkpoint written by resnet-finetune."
-            ) from error
-        told = str(error).partition("\n")[0].rstrip(".") if isinstance(error, RuntimeError | OSError) else ""
-        raise CheckpointError(f"{path} is damaged or no checkpoint: {told or 'its content cannot be read'}.") from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint or KEY not in checkpoint:
-        raise CheckpointError(f"{path} is no checkpoint of resnet-finetune: it lacks the entries 'state_dict' and '{KEY}'.")
+        checkpoint = read_file(path)
+    except WeightsError as error:
+        raise CheckpointError(str(error)) from error
+    if "state_dict" not in checkpoint:
+        raise CheckpointError(f"{path} is no checkpoint: it lacks the entry 'state_dict'.")
     return checkpoint
+
+
+def read_own(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a checkpoint of a `FinetuneModule`, see `read`.
+
+    Raises:
+        CheckpointError: Also if another module wrote it.
+    """
+    checkpoint = read(path)
+    require_own(checkpoint, path)
+    return checkpoint
+
+
+def require_own(checkpoint: Mapping[str, Any], name: str | os.PathLike[str]) -> None:
+    """Make sure that a `FinetuneModule` wrote a checkpoint.
+
+    Raises:
+        CheckpointError: If another module did.
+    """
+    if checkpoint.get(KEY) is None:
+        raise CheckpointError(
+            f"{name} was not written by a FinetuneModule: it lacks the entry '{KEY}' with class names and input size. Where it "
+            "holds the weights of a backbone, start from them with --model.weights FILE."
+        )
 
 
 def plain(value: Any) -> Any:

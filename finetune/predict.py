@@ -43,7 +43,7 @@ def load_model(checkpoint: str | os.PathLike[str]) -> FinetuneModule:
         CheckpointError: If it is missing, unreadable, or not from this toolkit.
     """
     path = find_checkpoint(os.fspath(checkpoint), Path("runs"))
-    class_path = checkpoints.read(path)[checkpoints.KEY]["class_path"]
+    class_path = checkpoints.read_own(path)[checkpoints.KEY]["class_path"]
     own = class_path == f"{FinetuneModule.__module__}.{FinetuneModule.__qualname__}"
     try:
         kind = FinetuneModule if own else import_path(class_path)

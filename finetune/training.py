@@ -162,6 +162,8 @@ class FinetuneCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Let the saved configuration say what was given, not what a resumed run made of it."""
+        if self.resumes is not None and isinstance(self.model, FinetuneModule):
+            checkpoints.require_own(self.stored, self.resumes)
         if self._given_weights is not None:
             self.config[self.subcommand].model.init_args.weights = self._given_weights
 

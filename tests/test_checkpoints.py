@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from finetune import CheckpointError, FinetuneModule, InputSpec
-from finetune.checkpoints import plain, read, refuse_other_options
+from finetune.checkpoints import plain, read, read_own, refuse_other_options
 
 
 class Colour(enum.Enum):
@@ -84,7 +84,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, kind):
         path.write_bytes(pickle.dumps(content, protocol=2))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=kind == "zip")
-    with pytest.raises(CheckpointError, match=r"would run code \((posix|nt)\.mkdir\); it was not loaded"):
+    with pytest.raises(CheckpointError, match=r"would run code \((posix|nt)\.mkdir\)"):
         read(path)
     assert not (tmp_path / "proof").exists()
     if kind != "pickle":  # the file does what the test says, where it is let
@@ -104,7 +104,7 @@ def test_a_checkpoint_that_is_cut_off_anywhere(tmp_path, kind):
             read(path)
         assert "\n" not in str(caught.value)
         if kind == "zip":  # the old format may be cut off within the name of a class, which is then an unknown one
-            assert "is damaged or no checkpoint: " in str(caught.value)
+            assert "damaged or incomplete" in str(caught.value) or "an empty file" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -112,15 +112,19 @@ def test_a_checkpoint_that_is_cut_off_anywhere(tmp_path, kind):
 )
 def test_what_is_no_checkpoint_at_all(tmp_path, content):
     (tmp_path / "a.ckpt").write_bytes(content)
-    with pytest.raises(CheckpointError, match="is damaged or no checkpoint"):
+    with pytest.raises(CheckpointError, match=r"a\.ckpt.*(found|damaged)"):
         read(tmp_path / "a.ckpt")
 
 
 def test_checkpoints_of_others_and_missing_ones(tmp_path):
-    for content in ({"state_dict": {}}, {"finetune": {}}, [1, 2]):
+    for content in ({"finetune": {}}, [1, 2]):
         torch.save(content, tmp_path / "best.ckpt")
-        with pytest.raises(CheckpointError, match="lacks the entries 'state_dict' and 'finetune'"):
+        with pytest.raises(CheckpointError, match="lacks the entry 'state_dict'"):
             read(tmp_path / "best.ckpt")
+    torch.save({"state_dict": {"a": torch.ones(1)}}, tmp_path / "best.ckpt")
+    assert read(tmp_path / "best.ckpt")["state_dict"]["a"] == 1
+    with pytest.raises(CheckpointError, match=r"not written by a FinetuneModule.*--model\.weights"):
+        read_own(tmp_path / "best.ckpt")
     with pytest.raises(CheckpointError, match=r"no checkpoint .*bets\.ckpt\. Did you mean 'best\.ckpt'"):
         read(tmp_path / "bets.ckpt")
     with pytest.raises(CheckpointError, match="There is no checkpoint"):

@@ -320,3 +320,48 @@ def test_code_in_a_checkpoint_is_not_run_by_any_verb(tmp_path, capsys):
                 main([verb, "--config", "small", *TINY, "--ckpt_path", "evil.ckpt", *more])
             assert capsys.readouterr().err.startswith("error: ")
     assert not (tmp_path / "harmed").exists()
+
+
+PLAIN = """
+import lightning as L
+import torch
+
+
+class Plain(L.LightningModule):
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.layer = torch.nn.Linear(3, num_classes)
+
+    def _step(self, batch, name):
+        logits = self.layer(batch["image"].float().mean((2, 3)) / 255)
+        loss = torch.nn.functional.cross_entropy(logits, batch["label"])
+        self.log(name, loss, batch_size=len(logits))
+        return loss
+
+    def training_step(self, batch, index):
+        return self._step(batch, "train/loss")
+
+    def validation_step(self, batch, index):
+        self._step(batch, "val/loss")
+
+    def test_step(self, batch, index):
+        self._step(batch, "test/loss")
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+"""
+
+
+def test_a_plain_lightning_module_trains_resumes_and_is_measured(tmp_path, capsys):
+    (tmp_path / "plain_module.py").write_text(textwrap.dedent(PLAIN))
+    common = ["--model", "plain_module.Plain", "--data.workers", "0"]
+    main(["fit", *common, "--trainer.max_epochs", "1", "--run.monitor", "val/loss"])
+    run = only_run(tmp_path)
+    assert "resnet-finetune predict" not in capsys.readouterr().out
+    main(["fit", *common, "--trainer.max_epochs", "2", "--run.monitor", "val/loss", "--ckpt_path", "last"])
+    assert len(values(run, "val/loss")) == 2
+    main(["test", *common, "--ckpt_path", str(run)])
+    assert "test/loss" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["test", "--model", "finetune.FinetuneModule", *TINY, "--ckpt_path", str(run)])
+    assert "was not written by a FinetuneModule" in capsys.readouterr().err
