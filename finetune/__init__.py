@@ -14,6 +14,8 @@ from finetune.version import __version__
 if TYPE_CHECKING:
     from finetune.boundaries import Boundaries as Boundaries
     from finetune.data import FolderDataModule as FolderDataModule
+    from finetune.distill import DistillDataModule as DistillDataModule
+    from finetune.distill import DistillModule as DistillModule
     from finetune.errors import CheckpointError as CheckpointError
     from finetune.errors import ConfigError as ConfigError
     from finetune.errors import DataError as DataError
@@ -30,6 +32,8 @@ _HOME = {
     "CheckpointError": "errors",
     "ConfigError": "errors",
     "DataError": "errors",
+    "DistillDataModule": "distill",
+    "DistillModule": "distill",
     "FinetuneError": "errors",
     "FinetuneModule": "module",
     "FolderDataModule": "data",

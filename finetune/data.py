@@ -17,9 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast, get_args
 
-import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -27,6 +25,7 @@ from finetune.errors import ConfigError, DataError, did_you_mean
 from finetune.folders import PictureFolder, Split, scan, summary, write_split
 from finetune.hardware import worker_count
 from finetune.loading import EvalSampler, PictureDataset, TrainSampler, even_batch_size
+from finetune.positioned import PositionedDataModule
 from finetune.randomness import global_seed, seed_of
 from finetune.sample import BUILT_IN
 from finetune.transforms import Augmentation, InputSpec, eval_transform, train_transform
@@ -42,7 +41,7 @@ _NOT_TRUE_HERE = (
 )
 
 
-class FolderDataModule(L.LightningDataModule):
+class FolderDataModule(PositionedDataModule):
     """Train, validate and test on a folder of pictures, or on built-in data.
 
     Example:
@@ -96,7 +95,6 @@ class FolderDataModule(L.LightningDataModule):
         self.workers = workers
         self._check_options(eval_batch_size)
         self.input_spec = self._resized(InputSpec.default())
-        self._restored: tuple[int, int] | None = None
 
     def _check_options(self, eval_batch_size: int | None) -> None:
         sizes = {"batch_size": self.batch_size, "eval_batch_size": eval_batch_size, "image_size": self.image_size}
@@ -182,8 +180,8 @@ class FolderDataModule(L.LightningDataModule):
         dataset = PictureDataset(self.folder.root, pictures, transform, seed)
         if trainer and trainer.overfit_batches:
             return self._loader(dataset, self.batch_size)
-        position = self._position if trainer else None
-        sampler = TrainSampler(dataset, self.batch_size, seed, position, *self._ranks())
+        position = self.position if trainer else None
+        sampler = TrainSampler(dataset, self.batch_size, seed, position, *self.ranks())
         return self._loader(dataset, self.batch_size, sampler, drop_last=len(sampler) > self.batch_size)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:
@@ -211,7 +209,7 @@ class FolderDataModule(L.LightningDataModule):
         """
         pictures = self.folder.splits[split]
         dataset = PictureDataset(self.folder.root, pictures, eval_transform(self.input_spec))
-        world, rank = self._ranks()
+        world, rank = self.ranks()
         if world == 1:
             return self._loader(dataset, self.eval_batch_size)
         if len(pictures) < world:
@@ -223,45 +221,15 @@ class FolderDataModule(L.LightningDataModule):
             dataset, even_batch_size(len(pictures), world, self.eval_batch_size), EvalSampler(dataset, world, rank)
         )
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return where training stands, for the checkpoint."""
-        epoch, batches = self._position() if self.trainer else (0, 0)
-        return {"epoch": epoch, "batches": batches, "order": self._order_key}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over where training stands, for loaders that start before Lightning has restored its loops."""
-        self._restored = state_dict["epoch"], state_dict["batches"]
-        fits = self.trainer is not None and self.trainer.state.fn == "fit"
-        if fits and state_dict["batches"] and state_dict["order"] != self._order_key:
-            rank_zero_warn(
-                "The training pictures, the batch size or the seed are not those of the checkpoint, which was written within "
-                "an epoch: in the rest of this epoch some pictures are seen twice or not at all."
-            )
-
     # ------------------------------------------------------------------------------------------------------- private
 
     @property
-    def _order_key(self) -> int:
+    def order_key(self) -> int:
+        """A number that is equal where the order of an epoch is."""
         return seed_of(global_seed(), self.batch_size, *(picture.file for picture in self.folder.splits["train"]))
 
     def _resized(self, spec: InputSpec) -> InputSpec:
         return spec if self.image_size is None else replace(spec, size=self.image_size)
-
-    def _ranks(self) -> tuple[int, int]:
-        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-
-    def _position(self) -> tuple[int, int]:
-        """Return the epoch and how many of its batches are done, also before the loops have tidied up after a restart."""
-        assert self.trainer is not None
-        loop: Any = self.trainer.fit_loop
-        epoch, batch = loop.epoch_progress.current, loop.epoch_loop.batch_progress
-        if not epoch.ready and self._restored:
-            return self._restored
-        if epoch.started <= epoch.processed:
-            return epoch.processed, 0
-        if batch.is_last_batch:
-            return epoch.processed + 1, 0
-        return epoch.processed, batch.current.processed
 
     def _loader(
         self,

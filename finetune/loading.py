@@ -42,6 +42,10 @@ class PictureDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.pictures)
 
+    def paths(self) -> list[str]:
+        """Return the paths of the pictures, in order."""
+        return [os.path.join(self.root, picture.file) for picture in self.pictures]
+
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         file, label = self.pictures[index]
@@ -52,7 +56,7 @@ class PictureDataset(Dataset[dict[str, Any]]):
         if self.seed is None:
             image = self.transform(image)
         else:
-            with _seeded(seed_of(self.seed, epoch, file)):
+            with seeded(seed_of(self.seed, epoch, file)):
                 image = self.transform(image)
         return {"image": image, "label": label, "index": index}
 
@@ -129,7 +133,7 @@ def even_batch_size(pictures: int, world: int, batch_size: int) -> int:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Seed torch's generator on the CPU for a while; unlike `torch.manual_seed` it leaves those of the GPUs alone."""
     state = torch.get_rng_state()
     try:

@@ -22,6 +22,7 @@ TRAINER_VERBS = {
     "test": "measure a checkpoint on the test split",
 }
 OWN_VERBS = {
+    "distill": "teach a backbone what another one knows, on pictures without labels",
     "predict": "name the class of pictures: a checkpoint and a folder -> a CSV file",
     "stages": "show the stages of a backbone",
     "recipes": "list the recipes, or copy one to edit it",
@@ -73,15 +74,21 @@ def _dispatch(words: list[str]) -> None:
         _stages(words[1:])
     elif verb == "predict":
         _predict(words[1:])
-    elif verb in TRAINER_VERBS:
+    elif verb in TRAINER_VERBS or verb == "distill":
         if os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())  # a user's own classes: --model my_module.MyModule
         from finetune.training import run
 
-        run(words)
+        run(_as_fit(words[1:]) if verb == "distill" else words)
     else:
         known = [*TRAINER_VERBS, *OWN_VERBS]
         _leave(f"There is no verb '{verb}'.{did_you_mean(verb, known)} Expected one of: {', '.join(known)}.")
+
+
+def _as_fit(words: list[str]) -> list[str]:
+    """Return the words of `distill` as those of `fit` with the recipe for it; a run that is resumed has its own."""
+    resumes = any(word.partition("=")[0] == "--ckpt_path" for word in words)
+    return ["fit", *words] if resumes else ["fit", "--config", "distill", *words]
 
 
 def _own_words(error: FinetuneError) -> str:

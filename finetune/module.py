@@ -115,6 +115,7 @@ class FinetuneModule(L.LightningModule):
         self.backbone = create_model(backbone, num_classes, **(backbone_args or {}))
         self.input_spec = input_spec_of(self.backbone)
         classifier, self.stages = split_head(self.backbone)
+        self.classifier_name = classifier.name
         self.head: nn.Module = nn.Linear(classifier.in_features, num_classes)
         initialise(self.backbone, self.head, init, bn_momentum=bn_momentum, bn_eps=bn_eps)
         self.weights_report = load_weights(

@@ -102,19 +102,30 @@ def train_transform(spec: InputSpec, level: Augmentation, hflip: bool = True) ->
         raise ConfigError(f"Unknown augmentation '{level}'.{did_you_mean(level, levels)} Expected {', '.join(levels)}.")
     if level == "none":
         return eval_transform(spec)
+    transform: Transform = v2.Compose([random_crop(spec, level, hflip), *change_look(spec, level)])
+    return transform
+
+
+def random_crop(spec: InputSpec, level: Augmentation, hflip: bool = True) -> nn.Module:
+    """Return the first part of `train_transform`: where the picture is cut, and whether it is mirrored.
+
+    Seeded alike, it cuts alike whatever the size of the input, so that two networks can see the same part of a picture.
+    """
     smallest = {"light": 0.6, "medium": 0.3, "strong": 0.2}[level]
-    interpolation = InterpolationMode(spec.interpolation)
-    steps: list[nn.Module] = [v2.RandomResizedCrop(spec.size, (smallest, 1.0), interpolation=interpolation, antialias=True)]
-    if hflip:
-        steps.append(v2.RandomHorizontalFlip())
+    crop = v2.RandomResizedCrop(spec.size, (smallest, 1.0), interpolation=InterpolationMode(spec.interpolation), antialias=True)
+    together: nn.Module = v2.Compose([crop, *([v2.RandomHorizontalFlip()] if hflip else [])])
+    return together
+
+
+def change_look(spec: InputSpec, level: Augmentation) -> list[nn.Module]:
+    """Return the second part of `train_transform`: what changes of a picture after it was cut."""
     if level == "medium":
-        steps.append(v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2))
+        return [v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2)]
     if level == "strong":
         grey: Any = [round(255 * mean) for mean in spec.mean]  # 0 after normalisation
-        steps.append(v2.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR, fill=grey))
-        steps.append(v2.RandomErasing(p=0.25, value=grey))
-    transform: Transform = v2.Compose(steps)
-    return transform
+        bilinear = InterpolationMode.BILINEAR
+        return [v2.TrivialAugmentWide(interpolation=bilinear, fill=grey), v2.RandomErasing(p=0.25, value=grey)]
+    return []
 
 
 class _CutLongSide(nn.Module):

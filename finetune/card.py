@@ -1,0 +1,51 @@
+"""Weights for others: a safetensors file with timm's names, and beside it a card that says where they come from."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from finetune.weight_files import sha256_of
+
+KEY = "resnet-finetune"
+"""Under this name the card stands in the file's own metadata, as JSON."""
+
+
+def write_weights(path: Path, tensors: Mapping[str, Tensor], card: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Write a safetensors file with its card inside, and the card as `<name>.json` beside it.
+
+    Args:
+        path: Where to; what is there is replaced.
+        tensors: The weights by timm's names.
+        card: What is to be known of them, as plain values; `input` is taken over by a model that loads the file.
+        dtype: Floating-point tensors are stored as this.
+
+    Returns:
+        The card, with the file's size and sha256.
+    """
+    stored = {name: (t.to(dtype) if t.is_floating_point() else t).contiguous() for name, t in tensors.items()}
+    partial = path.with_name(f"{path.name}.part")
+    safetensors.torch.save_file(stored, partial, {KEY: json.dumps(card)})
+    os.replace(partial, path)
+    complete = {**card, "file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    path.with_suffix(".json").write_text(json.dumps(complete, indent=2) + "\n")
+    return complete
+
+
+def read_card(path: Path) -> dict[str, Any]:
+    """Return the card inside a file of weights; empty if it has none."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(KEY)
+        card = json.loads(text) if text else {}
+    except (safetensors.SafetensorError, ValueError, OSError):
+        return {}
+    return card if isinstance(card, dict) else {}

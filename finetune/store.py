@@ -1,0 +1,264 @@
+"""Rows of numbers that are computed once, kept in a memory-mapped file, and found again by what they depend on.
+
+A store is a folder named after a hash of its key: everything that the rows depend on. It is made block by block, by as many
+processes as want it at once: each takes a block that nobody has. A block counts when its mark says so, which is written after
+it; a process that is killed leaves its finished blocks to the next. The store counts as made when its description is there.
+
+    <cache>/kept/<hash>/about.json   what it is, for people; written when the rows are complete
+                        rows         the numbers, row after row
+                        done         a byte per block: 1 when its rows are written; until all are
+                        lock-N       held by the process that computes block N
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from finetune.errors import DataError
+from finetune.sample import cache_folder
+
+Rows = np.ndarray[Any, np.dtype[Any]]
+Load = Callable[[Sequence[range]], Iterator[Any]]
+Compute = Callable[[Any], Rows]
+
+BLOCK = 64  # rows
+_ABOUT, _ROWS, _DONE, _LOCK = "about.json", "rows", "done", "lock"
+_FREE = 2**28  # bytes of the disk that are left alone
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One store as `resnet-finetune reuse` lists it.
+
+    Attributes:
+        folder: Where it is.
+        about: Its description; empty if it was never completed.
+        bytes: What it takes on the disk.
+        used: When it was last used, in seconds since 1970.
+    """
+
+    folder: Path
+    about: dict[str, Any]
+    bytes: int
+    used: float
+
+
+def kept_folder() -> Path:
+    """Return the folder of all stores."""
+    return cache_folder() / "kept"
+
+
+def file_identity(path: str | os.PathLike[str]) -> str:
+    """Return what a file is known by: its absolute path, size and time of change."""
+    status = os.stat(path)
+    return f"{os.path.abspath(path)}\0{status.st_size}\0{status.st_mtime_ns}"
+
+
+def key_hash(key: Mapping[str, Any]) -> str:
+    """Hash what rows depend on.
+
+    >>> key_hash({"a": 1, "b": [2.0]}) == key_hash({"b": [2.0], "a": 1})
+    True
+    """
+    text = json.dumps(key, sort_keys=True, ensure_ascii=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+class Store:
+    """Rows of one shape, found by their key.
+
+    Args:
+        key: All that the rows depend on, as plain values.
+        shape: The shape of all rows together: their number first.
+        dtype: Their kind of number.
+        about: A description for people, as plain values.
+        root: The folder of all stores.
+    """
+
+    def __init__(
+        self,
+        key: Mapping[str, Any],
+        shape: tuple[int, ...],
+        dtype: str = "float32",
+        about: Mapping[str, Any] | None = None,
+        root: Path | None = None,
+    ) -> None:
+        self.shape, self.dtype = shape, np.dtype(dtype)
+        whole = {**key, "shape": list(shape), "dtype": str(self.dtype)}
+        self.folder = (root or kept_folder()) / key_hash(whole)
+        self.about = {**(about or {}), "shape": list(shape), "dtype": str(self.dtype)}
+
+    @property
+    def bytes(self) -> int:
+        """What the rows take on the disk."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def complete(self) -> bool:
+        """Whether all rows are there."""
+        rows = self.folder / _ROWS
+        return (self.folder / _ABOUT).is_file() and rows.is_file() and rows.stat().st_size == self.bytes
+
+    def rows(self) -> Rows:
+        """Return the rows, memory-mapped and read-only; the store must be complete."""
+        with contextlib.suppress(OSError):
+            os.utime(self.folder / _ABOUT)  # last used
+        return self._map("r")
+
+    def _map(self, mode: Any) -> Rows:
+        return np.memmap(self.folder / _ROWS, self.dtype, mode, shape=self.shape)
+
+    def make(self, load: Load, compute: Compute, first: float = 0.0) -> None:
+        """Compute the rows that are not there yet; returns when all are there, whoever made them.
+
+        Args:
+            load: Called with the row numbers of each missing block; yields what `compute` needs, block by block.
+            compute: Turns that into the rows of a block.
+            first: Where to begin, as a share of what is missing, so that processes that start together do not meet.
+
+        Raises:
+            DataError: If the folder cannot be written, or the disk has too little room.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            while not self.complete:
+                self._prepare()
+                missing = self._missing()
+                begin = int(first * len(missing))
+                self._fill([*missing[begin:], *missing[:begin]], load, compute)
+                self._finish()
+        except OSError as error:
+            raise DataError(
+                f"What is computed once cannot be kept in {self.folder}: {error.strerror or error}. Set the environment "
+                "variable RESNET_FINETUNE_CACHE to a folder that can be written, or switch reuse off."
+            ) from error
+
+    def _prepare(self) -> None:
+        """Make the files, unless an earlier process left some that fit."""
+        rows, done = self.folder / _ROWS, self.folder / _DONE
+        with FileLock(self.folder / _LOCK):
+            fit = rows.is_file() and rows.stat().st_size == self.bytes
+            if self.complete or (fit and done.is_file() and done.stat().st_size == self._blocks):
+                return
+            self._require_room()
+            done.unlink(missing_ok=True)
+            for path, size in ((rows, self.bytes), (done, self._blocks)):
+                with path.open("wb") as file:
+                    file.truncate(size)
+
+    @property
+    def _blocks(self) -> int:
+        return -(-self.shape[0] // BLOCK)
+
+    def _missing(self) -> list[int]:
+        try:
+            marks = (self.folder / _DONE).read_bytes()
+        except FileNotFoundError:  # another process has just finished
+            return []
+        return [number for number, mark in enumerate(marks) if not mark]
+
+    def _range(self, block: int) -> range:
+        return range(block * BLOCK, min((block + 1) * BLOCK, self.shape[0]))
+
+    def _fill(self, missing: Sequence[int], load: Load, compute: Compute) -> None:
+        """Compute the blocks that no other process is at; wait for one of those if there is nothing else to do."""
+        busy = []
+        rows = self._map("r+")
+        for block, loaded in zip(missing, load([self._range(block) for block in missing]), strict=True):
+            lock = FileLock(self.folder / f"{_LOCK}-{block}")
+            try:
+                with lock.acquire(timeout=0):
+                    self._fill_block(rows, block, loaded, compute)
+            except Timeout:
+                busy.append(lock)
+        for lock in busy[:1]:
+            with lock:
+                pass
+
+    def _fill_block(self, rows: Rows, block: int, loaded: Any, compute: Compute) -> None:
+        with contextlib.suppress(FileNotFoundError), (self.folder / _DONE).open("r+b") as marks:
+            marks.seek(block)
+            if marks.read(1) == b"\0":
+                numbers = self._range(block)
+                rows[numbers.start : numbers.stop] = compute(loaded)
+                rows.flush()  # type: ignore[attr-defined]
+                marks.seek(block)
+                marks.write(b"\1")
+
+    def _finish(self) -> None:
+        with FileLock(self.folder / _LOCK):
+            if self.complete or self._missing() or not (self.folder / _DONE).is_file():
+                return
+            _write(self.folder / _ABOUT, json.dumps({**self.about, "made": time.time()}, indent=1))
+            for path in (self.folder / _DONE, *self.folder.glob(f"{_LOCK}-*")):
+                path.unlink(missing_ok=True)
+
+    def _require_room(self) -> None:
+        free = shutil.disk_usage(self.folder).free
+        if self.bytes + _FREE > free:
+            raise DataError(
+                f"Keeping what is computed once needs {format_bytes(self.bytes)} in {self.folder.parent}, where "
+                f"{format_bytes(free)} are free. Make room (resnet-finetune reuse --clear), set RESNET_FINETUNE_CACHE to a "
+                "folder on a larger disk, or switch reuse off."
+            )
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a small file so that it is whole or not there."""
+    partial = path.with_name(f"{path.name}.part")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def list_kept(root: Path | None = None) -> list[Kept]:
+    """Return all stores, the last used first."""
+    root = root or kept_folder()
+    found = []
+    for folder in root.iterdir() if root.is_dir() else []:
+        about: dict[str, Any] = {}
+        with contextlib.suppress(OSError, ValueError):
+            about = json.loads((folder / _ABOUT).read_text())
+        files = [path.stat() for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+        if files:
+            size = sum(getattr(file, "st_blocks", 0) * 512 or file.st_size for file in files)
+            found.append(Kept(folder, about, size, max(file.st_mtime for file in files)))
+    return sorted(found, key=lambda kept: -kept.used)
+
+
+def clear(kept: Kept) -> bool:
+    """Delete a store, unless a process is making it just now; return whether it is gone."""
+    lock = FileLock(kept.folder / _LOCK)
+    try:
+        with lock.acquire(timeout=0):
+            (kept.folder / _ABOUT).unlink(missing_ok=True)  # first: what is left must not be believed
+            shutil.rmtree(kept.folder, ignore_errors=True)
+    except Timeout:
+        return False
+    return not kept.folder.exists()
+
+
+def format_bytes(number: float) -> str:
+    """Return a size for people.
+
+    >>> format_bytes(512), format_bytes(3_400_000), format_bytes(2e10)
+    ('512 B', '3.4 MB', '20.0 GB')
+    """
+    units = ("B", "kB", "MB", "GB", "TB")
+    power = min(len(units) - 1, max(0, int(math.log10(max(number, 1)) // 3)))
+    return f"{number:.0f} B" if power == 0 else f"{number / 1000**power:.1f} {units[power]}"
