@@ -10,28 +10,34 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics import MetricCollection
 
 from finetune import checkpoints
 from finetune.backbones import create_model, initialise, input_spec_of
+from finetune.boundaries import Boundaries
 from finetune.errors import DataError
-from finetune.freezing import Phase, hold_frozen, phase_at, plan, set_trainable
+from finetune.fold import folded
+from finetune.freezing import Phase, frozen_line, hold_frozen, phase_at, plan, set_trainable
 from finetune.metrics import build_metrics
 from finetune.optim import StageRates, build_groups, build_optimizer
 from finetune.options import check_options
 from finetune.randomness import global_seed, seed_of
+from finetune.reuse import Kept, weights_hash
 from finetune.schedules import ScheduleName
-from finetune.stages import HEAD, norm_parameters, split_head
+from finetune.stages import HEAD, Stage, norm_parameters, split_head
 from finetune.timetable import Timetable, build_timetable, run_length
 from finetune.weights import load_weights
 
 BatchNormMode = Literal["auto", "frozen", "train"]
+_DUMMY = 64  # pixels of the blank picture that passes the stages below a cut
 
 
 class FinetuneModule(L.LightningModule):
@@ -74,6 +80,7 @@ class FinetuneModule(L.LightningModule):
     mean: Tensor
     std: Tensor
     _phase: Phase | None = None
+    _hashed: tuple[str, Phase | None, str] | None = None
     timetable: Timetable | None = None
 
     def __init__(
@@ -137,8 +144,8 @@ class FinetuneModule(L.LightningModule):
         self.register_buffer("std", torch.tensor(self.input_spec.std).view(1, 3, 1, 1), persistent=False)
         if memory_format == "auto":
             memory_format = "contiguous" if torch.backends.mps.is_available() else "channels_last"
-        self._format = torch.channels_last if memory_format == "channels_last" else torch.contiguous_format
-        self.to(memory_format=self._format)
+        self.memory_layout = torch.channels_last if memory_format == "channels_last" else torch.contiguous_format
+        self.to(memory_format=self.memory_layout)
 
     # ---------------------------------------------------------------------------------------------- pictures to logits
 
@@ -152,20 +159,35 @@ class FinetuneModule(L.LightningModule):
             DataError: If float pictures leave [0, 1], as they do when they were normalised before.
         """
         if images.dtype == torch.uint8:
-            return images.to(self.mean.dtype, memory_format=self._format).div_(255).sub_(self.mean).div_(self.std)
+            return images.to(self.mean.dtype, memory_format=self.memory_layout).div_(255).sub_(self.mean).div_(self.std)
         low, high = (float(x) for x in images.aminmax())
         if not (low >= -0.1 and high <= 1.1):  # resizing with bicubic overshoots a little
             raise DataError(
                 f"Expected pictures as uint8, or as float between 0 and 1; found float between {low:.3g} and {high:.3g}. "
                 "The module applies mean and standard deviation itself: leave Normalize out of your transforms."
             )
-        return images.sub(self.mean).div_(self.std).contiguous(memory_format=self._format)
+        return images.sub(self.mean).div_(self.std).contiguous(memory_format=self.memory_layout)
 
-    def features(self, images: Tensor) -> Tensor:
-        """Map pictures (N, 3, H, W) to what the head sees (N, C)."""
+    def features(self, images: Tensor | Kept) -> Tensor:
+        """Map pictures (N, 3, H, W), or what was kept of them, to what the head sees (N, C)."""
+        if isinstance(images, Kept):
+            activation = images.activation.to(self.mean.dtype)
+            return self.boundaries.upper(activation, images.stage).flatten(1)
         return self.backbone(self.normalise(images)).flatten(1)  # type: ignore[no-any-return]
 
-    def forward(self, images: Tensor) -> Tensor:
+    def lower(self, images: Tensor, stage: str) -> Tensor:
+        """Run pictures (N, 3, H, W) through the stages up to and including one: → what the next stage gets."""
+        return self.boundaries.lower(self.normalise(images), stage)
+
+    def frozen_copy(self) -> Callable[[Tensor, str], Tensor]:
+        """Return `lower` of a copy of the backbone that is only good for reading from: in eval mode, BatchNorm folded."""
+        example = torch.zeros(2, 3, *2 * [self.boundaries.size], dtype=torch.uint8, device=self.device)
+        example.random_(generator=torch.Generator(self.device).manual_seed(0))
+        copy = folded(self.backbone, self.normalise(example)).to(memory_format=self.memory_layout)
+        cuts = Boundaries(copy, self.stages, self.boundaries.size)
+        return lambda images, stage: cuts.lower(self.normalise(images), stage)
+
+    def forward(self, images: Tensor | Kept) -> Tensor:
         """Map pictures (N, 3, H, W), uint8 or float in [0, 1], to logits (N, num_classes)."""
         return self.head(self.features(images))  # type: ignore[no-any-return]
 
@@ -211,6 +233,45 @@ class FinetuneModule(L.LightningModule):
         self._phase = phase
         self.train(self.training)
 
+    @property
+    def phase(self) -> Phase | None:
+        """The freezing phase that training is in; None outside of training."""
+        return self._phase
+
+    @cached_property
+    def boundaries(self) -> Boundaries:
+        """The places where the backbone can be cut."""
+        fixed = hasattr(self.backbone, "patch_embed")  # a transformer takes pictures of one size only
+        return Boundaries(self.backbone, self.stages, self.input_spec.size if fixed else _DUMMY)
+
+    def frozen_line(self, phase: Phase) -> str | None:
+        """Return the last stage up to which nothing changes during a phase, or None if even the first one does."""
+        moving = [stage.name for stage in self.stages if self._has_batchnorm(stage)] if self.hparams["bn"] == "train" else []
+        return frozen_line(phase, [stage.name for stage in self.stages], moving)
+
+    def _has_batchnorm(self, stage: Stage) -> bool:
+        parts = (part for outer in stage.modules for part in self.backbone.get_submodule(outer).modules())
+        return any(isinstance(part, _BatchNorm) for part in parts)
+
+    def why_nothing_is_frozen(self) -> str:
+        """Return the reason, for a message, why no phase has stages up to which nothing changes."""
+        if self.hparams["bn"] == "train" and self.hparams["freezing"] != "full":
+            return "with model.bn train the BatchNorm statistics of all stages move"
+        return f"with model.freezing {self.hparams['freezing']} even the first stage changes"
+
+    def frozen_hash(self, stage: str) -> str:
+        """Return a hash of all that the stages up to one depend on: their weights and the normalisation of pictures."""
+        if self._hashed is None or self._hashed[:2] != (stage, self._phase):
+            names = [s.name for s in self.stages]
+            modules = [name for s in self.stages[: names.index(stage) + 1] for name in s.modules]
+            tensors = {"mean": self.mean, "std": self.std} | {
+                name: tensor
+                for name, tensor in self.backbone.state_dict().items()
+                if any(name.startswith(f"{module}.") for module in modules) and not name.endswith("num_batches_tracked")
+            }
+            self._hashed = stage, self._phase, f"{type(self.backbone).__qualname__} {weights_hash(tensors)}"
+        return self._hashed[2]
+
     def _set_trainable(self, phase: Phase) -> None:
         named = self.stage_parameters()
         members = {stage: [name for name in named[stage] if name not in self._never_trained] for stage in self.stage_names}
@@ -226,8 +287,10 @@ class FinetuneModule(L.LightningModule):
 
     # ---------------------------------------------------------------------------------------------------------- steps
 
-    def unpack(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Return pictures and labels of a batch: a mapping with `image` and `label`, or a pair."""
+    def unpack(self, batch: Any) -> tuple[Tensor | Kept, Tensor]:
+        """Return pictures and labels of a batch: a mapping with `image` (or `kept` and `stage`) and `label`, or a pair."""
+        if isinstance(batch, Mapping) and {"kept", "stage", "label"} <= set(batch):
+            return Kept(batch["kept"], batch["stage"]), batch["label"]
         if isinstance(batch, Mapping) and {"image", "label"} <= set(batch):
             return batch["image"], batch["label"]
         if isinstance(batch, Sequence) and len(batch) >= 2:

@@ -36,6 +36,7 @@ ORDER = [
     "card",
     "weights",
     "checkpoints",
+    "fold",
     "loading",
     "reuse",
     "positioned",
