@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics import MetricCollection
 
 from finetune import checkpoints
-from finetune.backbones import create_model, initialise, input_spec_of
+from finetune.backbones import checkpoint_gradients, create_model, initialise, input_spec_of
 from finetune.boundaries import Boundaries
 from finetune.errors import DataError
 from finetune.fold import folded
@@ -71,6 +71,8 @@ class FinetuneModule(L.LightningModule):
         step_drop: By what step multiplies the learning rate.
         label_smoothing: Label smoothing of the training loss (Szegedy et al. 2016).
         memory_format: Layout of pictures in memory: auto (channels_last, but on Apple GPUs), channels_last, contiguous.
+        grad_checkpointing: Compute activations again in the backward pass instead of holding them: less memory, more time.
+        compile: A backend of torch.compile for the backbone, such as inductor; none if null.
 
     Raises:
         ConfigError: If options are unknown or contradict each other.
@@ -113,6 +115,8 @@ class FinetuneModule(L.LightningModule):
         step_drop: float = 0.1,
         label_smoothing: float = 0.0,
         memory_format: Literal["auto", "channels_last", "contiguous"] = "auto",
+        grad_checkpointing: bool = False,
+        compile: str | None = None,
     ) -> None:
         super().__init__()
         weights = os.fspath(weights)
@@ -136,6 +140,8 @@ class FinetuneModule(L.LightningModule):
             backbone_options=backbone_args,
             class_names=class_names,
         )
+        if grad_checkpointing:
+            checkpoint_gradients(self.backbone, self._dummy_size)
         self._never_trained = {name for name, p in self.named_parameters() if not p.requires_grad}
         self.metrics = nn.ModuleDict(
             {f"{split}_metrics": build_metrics(split, num_classes) for split in ("train", "val", "test")}
@@ -241,8 +247,12 @@ class FinetuneModule(L.LightningModule):
     @cached_property
     def boundaries(self) -> Boundaries:
         """The places where the backbone can be cut."""
+        return Boundaries(self.backbone, self.stages, self._dummy_size)
+
+    @property
+    def _dummy_size(self) -> int:
         fixed = hasattr(self.backbone, "patch_embed")  # a transformer takes pictures of one size only
-        return Boundaries(self.backbone, self.stages, self.input_spec.size if fixed else _DUMMY)
+        return self.input_spec.size if fixed else _DUMMY
 
     def frozen_line(self, phase: Phase) -> str | None:
         """Return the last stage up to which nothing changes during a phase, or None if even the first one does."""
@@ -350,6 +360,8 @@ class FinetuneModule(L.LightningModule):
         self.class_names = list(getattr(data, "classes", None) or []) or self.class_names
         self.input_spec = getattr(data, "input_spec", None) or self.input_spec
         if stage == "fit":
+            if self.hparams["compile"]:
+                self.backbone.compile(backend=self.hparams["compile"])
             phases = plan(self.hparams["freezing"], self.stage_names, run_length(self.trainer))
             self._phase = None
             self.train()
@@ -359,7 +371,11 @@ class FinetuneModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """Return the optimizer with all groups, and a scheduler that multiplies each by its factor at every step."""
         optimizer = build_optimizer(
-            self.hparams["optimizer"], self.param_groups(), self.hparams["momentum"], self.hparams["optimizer_args"]
+            self.hparams["optimizer"],
+            self.param_groups(),
+            self.hparams["momentum"],
+            self.hparams["optimizer_args"],
+            fused=self.trainer.precision != "16-mixed",  # whose gradients Lightning clips only unfused
         )
         stages = [group["stage"] for group in optimizer.param_groups]
         factors = [self._factor_of(stage) for stage in stages]
