@@ -58,7 +58,7 @@ def newest(cache: str) -> str:
 def trained_and_every(policy: str) -> tuple[int, int]:
     """Return how many stages train at first, and every how many epochs one more thaws (0: never)."""
     name, _, number = policy.partition(":")
-    return {"head": (1, 0), "last": (1 + int(number or 0), 0), "gradual": (1, int(number or 1))}[name]
+    return {"head": (1, 0), "last": (1 + int(number or 0), 0), "gradual": (1, int(number or 1)), "full": (len(STAGES), 0)}[name]
 
 
 def best_workers(root: Path, options: argparse.Namespace) -> int:
@@ -88,11 +88,11 @@ def hand_written(root: Path, options: argparse.Namespace, workers: int) -> float
     return (time.perf_counter() - begin) * options.epochs / epochs
 
 
-def toolkit(root: Path, options: argparse.Namespace, reuse: str, cache: str) -> float:
+def toolkit(root: Path, options: argparse.Namespace, reuse: str, cache: str, workers: int | None = None) -> float:
     os.environ["RESNET_FINETUNE_CACHE"] = cache
     begin = time.perf_counter()
     torch.manual_seed(0)
-    data = FolderDataModule(root, options.batch_size, augment="none", image_size=options.size, reuse=reuse)
+    data = FolderDataModule(root, options.batch_size, augment="none", image_size=options.size, reuse=reuse, workers=workers)
     model = FinetuneModule(
         options.backbone, num_classes=data.num_classes, weights="none", freezing=options.policy, bn="auto", lr=0.01
     )

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
+from finetune.decoded import Decoded, keep_decoded
 from finetune.errors import ConfigError, DataError, did_you_mean
 from finetune.folders import PictureFolder, Split, scan, summary, write_split
 from finetune.hardware import worker_count
@@ -66,6 +67,8 @@ class FolderDataModule(PositionedDataModule):
         split_seed: Another seed draws other pictures for these shares.
         workers: Processes that read pictures. By default one per core up to 8, and none for fewer than 64 pictures.
         eval_batch_size: Pictures per step and device in validation and test. By default twice the batch size.
+        decoded: Keep the pictures decoded, with so many pixels on the shorter side, also for later runs; worth it where they
+            are much larger than the input. Pictures are read from their files if null.
         reuse: Whether what the frozen stages make of a picture is computed once and kept, also for later runs: off, exact
             (needs augment none), or views:K (each training picture is kept in K augmented versions, which take turns).
         reuse_dtype: Kind of number that is kept; float16 takes half the room and rounds.
@@ -87,6 +90,7 @@ class FolderDataModule(PositionedDataModule):
         split_seed: int = 0,
         workers: int | None = None,
         eval_batch_size: int | None = None,
+        decoded: int | None = None,
         reuse: str = "off",
         reuse_dtype: ReuseType = "float32",
         reuse_budget: float = 20.0,
@@ -101,12 +105,18 @@ class FolderDataModule(PositionedDataModule):
         self.hflip = root not in BUILT_IN if hflip is None else hflip
         self.val_fraction, self.test_fraction, self.split_seed = val_fraction, test_fraction, split_seed
         self.workers = workers
+        self.decoded = decoded
         self._check_options(eval_batch_size)
         self.reuse = Reuse.parse(reuse, reuse_dtype, reuse_budget, random=augment != "none")
         self.input_spec = self._resized(InputSpec.default())
 
     def _check_options(self, eval_batch_size: int | None) -> None:
-        sizes = {"batch_size": self.batch_size, "eval_batch_size": eval_batch_size, "image_size": self.image_size}
+        sizes = {
+            "batch_size": self.batch_size,
+            "eval_batch_size": eval_batch_size,
+            "image_size": self.image_size,
+            "decoded": self.decoded,
+        }
         for name, value in sizes.items():
             if value is not None and value < 1:
                 raise ConfigError(f"Expected data.{name} to be at least 1, found {value}.")
@@ -186,7 +196,7 @@ class FolderDataModule(PositionedDataModule):
         trainer: Any = self.trainer
         pictures = self.folder.splits["train"]
         transform = train_transform(self.input_spec, self.augment, self.hflip)
-        dataset = PictureDataset(self.folder.root, pictures, transform, seed)
+        dataset = PictureDataset(self.folder.root, pictures, transform, seed, self._decoded("train"))
         if trainer and trainer.overfit_batches:
             return self._loader(dataset, self.batch_size)
         position = self.position if trainer else None
@@ -197,6 +207,12 @@ class FolderDataModule(PositionedDataModule):
     def val_dataloader(self) -> DataLoader[dict[str, Any]] | ReuseLoader | list[Any]:
         """Return the validation batches in the order of `files`; an empty list if there are no pictures to validate with."""
         return self._reusing(self.eval_loader("val"), "val") if self.folder.splits["val"] else []
+
+    def _decoded(self, split: Split) -> Decoded | None:
+        if self.decoded is None:
+            return None
+        workers = worker_count() if self.workers is None else self.workers
+        return keep_decoded([str(path) for path in self.files(split)], self.decoded, workers)
 
     def _reusing(self, loader: DataLoader[dict[str, Any]], split: Split) -> DataLoader[dict[str, Any]] | ReuseLoader:
         fits = self.reuse is not None and self.trainer is not None and self.trainer.state.fn == "fit"
@@ -222,7 +238,7 @@ class FolderDataModule(PositionedDataModule):
             DataError: If there are fewer pictures than processes.
         """
         pictures = self.folder.splits[split]
-        dataset = PictureDataset(self.folder.root, pictures, eval_transform(self.input_spec))
+        dataset = PictureDataset(self.folder.root, pictures, eval_transform(self.input_spec), decoded=self._decoded(split))
         world, rank = self.ranks()
         if world == 1:
             return self._loader(dataset, self.eval_batch_size)

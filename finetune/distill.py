@@ -32,7 +32,7 @@ from finetune.module import FinetuneModule
 from finetune.positioned import PositionedDataModule
 from finetune.predict import load_model
 from finetune.randomness import global_seed, seed_of
-from finetune.reuse import keep, pictures_key, weights_hash
+from finetune.reuse import dataset_key, keep, weights_hash
 from finetune.sample import BUILT_IN
 from finetune.store import Rows, Store, format_bytes
 from finetune.transforms import Augmentation, InputSpec, change_look, eval_transform, random_crop
@@ -143,7 +143,7 @@ class DistillDataModule(PositionedDataModule):
         pictures = self._dataset(split, spec, varied=False)
         named = dict(self.teacher.named_buffers()) | dict(self.teacher.named_parameters())
         key = {
-            **pictures_key(pictures, view),
+            **dataset_key(pictures, view),
             "weights": weights_hash(named),
             "stage": f"features in {self.grid} x {self.grid}",
         }

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, DistributedSampler
 
+from finetune.decoded import Decoded
 from finetune.errors import DataError
 from finetune.folders import Picture
 from finetune.images import read_image
@@ -31,13 +32,22 @@ class PictureDataset(Dataset[dict[str, Any]]):
         pictures: Paths and labels.
         transform: uint8 (3, height, width) -> uint8 (3, size, size).
         seed: Seed of a random transform, which then depends on (seed, epoch, path) alone; None for one without randomness.
+        decoded: The pictures by their index where they were decoded before; they are read from their files if None.
     """
 
-    def __init__(self, root: Path, pictures: Sequence[Picture], transform: Transform, seed: int | None = None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        pictures: Sequence[Picture],
+        transform: Transform,
+        seed: int | None = None,
+        decoded: Decoded | None = None,
+    ) -> None:
         self.root = str(root)
         self.pictures = pictures
         self.transform = transform
         self.seed = seed
+        self.decoded = decoded
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -50,7 +60,7 @@ class PictureDataset(Dataset[dict[str, Any]]):
         epoch, index = key if isinstance(key, tuple) else (0, key)
         file, label = self.pictures[index]
         try:
-            image = read_image(os.path.join(self.root, file))
+            image = read_image(os.path.join(self.root, file)) if self.decoded is None else self.decoded[index]
         except DataError as error:
             raise PictureError(str(error)) from None
         if self.seed is None:

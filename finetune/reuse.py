@@ -13,18 +13,15 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
-import torchvision
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from finetune.errors import ConfigError, did_you_mean
 from finetune.loading import PictureDataset
-from finetune.store import Rows, Store, file_identity, format_bytes
+from finetune.store import Rows, Store, format_bytes, pictures_key
 
 ReuseType = Literal["float32", "float16"]
-
-_VERSION = 1  # of the way from a file to a row; a change makes all that is kept void
 
 
 def weights_hash(tensors: Mapping[str, Tensor]) -> str:
@@ -36,19 +33,16 @@ def weights_hash(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def pictures_key(dataset: PictureDataset, view: int) -> dict[str, Any]:
-    """Return what pictures depend on when they come out of a dataset: the files, the transform and what varies it.
+def dataset_key(dataset: PictureDataset, view: int) -> dict[str, Any]:
+    """Return what pictures depend on when they come out of a dataset.
 
     Args:
         dataset: Pictures and their transform.
         view: Which of the transform's random results is meant, if it is random.
     """
-    files = hashlib.blake2b(digest_size=16)
-    for path in dataset.paths():
-        files.update(f"{file_identity(path)}\n".encode("utf-8", "surrogateescape"))
     random = None if dataset.seed is None else [dataset.seed, view]
-    versions = [_VERSION, torch.__version__, torchvision.__version__]
-    return {"files": files.hexdigest(), "transform": repr(dataset.transform), "random": random, "versions": versions}
+    kept = f"{dataset.decoded.side} pixels, " if dataset.decoded else ""
+    return pictures_key(dataset.paths(), f"{kept}{dataset.transform!r}", random)
 
 
 def keep(
@@ -236,7 +230,7 @@ def frozen_rows(
     with torch.inference_mode():
         blank = torch.zeros(1, 3, *2 * [trainer.datamodule.input_spec.size], dtype=torch.uint8, device=module.device)
         shape = _channels_last(module.lower(blank, stage)).shape[1:]
-    key = {**pictures_key(dataset, view), "weights": module.frozen_hash(stage), "stage": stage, "arithmetic": arithmetic}
+    key = {**dataset_key(dataset, view), "weights": module.frozen_hash(stage), "stage": stage, "arithmetic": arithmetic}
     about = {"what": f"{module.hparams['backbone']} up to {stage}", "pictures": f"{split} of {dataset.root}, view {view + 1}"}
     store = Store(key, (len(dataset), *shape), reuse.dtype, about)
     whole = store.bytes * max(1, reuse.views if dataset.seed is not None else 1)
@@ -251,7 +245,7 @@ def frozen_rows(
         module.print(
             f"reuse: {about['what']} is computed once for {len(dataset)} pictures ({split}): {format_bytes(store.bytes)}"
         )
-        lower = module.frozen_copy()
+        lower = module.lower if reuse.dtype == "float32" else module.folded_lower()  # float16 rounds anyway
 
     def compute(images: Tensor) -> Tensor:
         with trainer.precision_plugin.forward_context():

@@ -21,6 +21,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,11 @@ from finetune.sample import cache_folder
 
 Rows = np.ndarray[Any, np.dtype[Any]]
 Load = Callable[[Sequence[range]], Iterator[Any]]
-Compute = Callable[[Any], Rows]
+Compute = Callable[[Any], Rows | list[Rows]]
 
 BLOCK = 64  # rows
 _ABOUT, _ROWS, _DONE, _LOCK = "about.json", "rows", "done", "lock"
+_VERSION = 1  # of the way from a file to a row; a change makes all that is kept void
 _FREE = 2**28  # bytes of the disk that are left alone
 
 
@@ -68,6 +70,21 @@ def file_identity(path: str | os.PathLike[str]) -> str:
     return f"{os.path.abspath(path)}\0{status.st_size}\0{status.st_mtime_ns}"
 
 
+def pictures_key(paths: Sequence[str], transform: str, random: Sequence[int] | None = None) -> dict[str, Any]:
+    """Return what pictures depend on when they were read and transformed.
+
+    Args:
+        paths: The files.
+        transform: What was done to them, with its parameters.
+        random: What its random choices follow from, if it makes any.
+    """
+    files = hashlib.blake2b(digest_size=16)
+    for path in paths:
+        files.update(f"{file_identity(path)}\n".encode("utf-8", "surrogateescape"))
+    versions = [_VERSION, *(version(package) for package in ("torch", "torchvision", "pillow"))]
+    return {"files": files.hexdigest(), "transform": transform, "random": random, "versions": versions}
+
+
 def key_hash(key: Mapping[str, Any]) -> str:
     """Hash what rows depend on.
 
@@ -87,6 +104,7 @@ class Store:
         dtype: Their kind of number.
         about: A description for people, as plain values.
         root: The folder of all stores.
+        expected: Bytes that the rows will take on the disk, where many of them are filled in part only.
     """
 
     def __init__(
@@ -96,10 +114,12 @@ class Store:
         dtype: str = "float32",
         about: Mapping[str, Any] | None = None,
         root: Path | None = None,
+        expected: int | None = None,
     ) -> None:
         self.shape, self.dtype = shape, np.dtype(dtype)
         whole = {**key, "shape": list(shape), "dtype": str(self.dtype)}
         self.folder = (root or kept_folder()) / key_hash(whole)
+        self.expected = self.bytes if expected is None else expected
         self.about = {**(about or {}), "shape": list(shape), "dtype": str(self.dtype)}
 
     @property
@@ -127,7 +147,7 @@ class Store:
 
         Args:
             load: Called with the row numbers of each missing block; yields what `compute` needs, block by block.
-            compute: Turns that into the rows of a block.
+            compute: Turns that into the rows of a block; a row may be shorter than the others.
             first: Where to begin, as a share of what is missing, so that processes that start together do not meet.
 
         Raises:
@@ -194,7 +214,8 @@ class Store:
             marks.seek(block)
             if marks.read(1) == b"\0":
                 numbers = self._range(block)
-                rows[numbers.start : numbers.stop] = compute(loaded)
+                for number, row in zip(numbers, compute(loaded), strict=True):
+                    rows[number, : len(row)] = row
                 rows.flush()  # type: ignore[attr-defined]
                 marks.seek(block)
                 marks.write(b"\1")
@@ -209,9 +230,9 @@ class Store:
 
     def _require_room(self) -> None:
         free = shutil.disk_usage(self.folder).free
-        if self.bytes + _FREE > free:
+        if self.expected + _FREE > free:
             raise DataError(
-                f"Keeping what is computed once needs {format_bytes(self.bytes)} in {self.folder.parent}, where "
+                f"Keeping what is computed once needs {format_bytes(self.expected)} in {self.folder.parent}, where "
                 f"{format_bytes(free)} are free. Make room (resnet-finetune reuse --clear), set RESNET_FINETUNE_CACHE to a "
                 "folder on a larger disk, or switch reuse off."
             )

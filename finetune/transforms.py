@@ -19,7 +19,7 @@ from finetune.errors import ConfigError, did_you_mean
 Augmentation = Literal["none", "light", "medium", "strong"]
 Transform = Callable[[Tensor], Tensor]
 
-_LONGEST = 4  # a picture is cut to this ratio of its sides before it is resized, so that 1 x 3000 pixels need no gigabyte
+LONGEST = 4  # a picture is cut to this ratio of its sides before it is resized, so that 1 x 3000 pixels need no gigabyte
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def eval_transform(spec: InputSpec) -> Transform:
     """
     shorter = math.floor(spec.size / spec.crop)
     resize = v2.Resize(shorter, interpolation=InterpolationMode(spec.interpolation), antialias=True)
-    transform: Transform = v2.Compose([_CutLongSide(_LONGEST), resize, v2.CenterCrop(spec.size)])
+    transform: Transform = v2.Compose([CutLongSide(LONGEST), resize, v2.CenterCrop(spec.size)])
     return transform
 
 
@@ -128,7 +128,7 @@ def change_look(spec: InputSpec, level: Augmentation) -> list[nn.Module]:
     return []
 
 
-class _CutLongSide(nn.Module):
+class CutLongSide(nn.Module):
     """Cut both ends of a very long picture, of which the centre crop would keep nothing anyway."""
 
     def __init__(self, longest: int) -> None:

@@ -23,6 +23,7 @@ ORDER = [
     "transforms",
     "sample",
     "store",
+    "decoded",
     "folders",
     "freezing",
     "backbones",
