@@ -79,7 +79,7 @@ def _dispatch(words: list[str]) -> None:
             sys.path.insert(0, os.getcwd())  # a user's own classes: --model my_module.MyModule
         from finetune.training import run
 
-        run(_as_fit(words[1:]) if verb == "distill" else words)
+        run(_as_fit(words[1:]) if verb == "distill" else words, called=verb)
     else:
         known = [*TRAINER_VERBS, *OWN_VERBS]
         _leave(f"There is no verb '{verb}'.{did_you_mean(verb, known)} Expected one of: {', '.join(known)}.")

@@ -33,14 +33,19 @@ from finetune.usage import help_text
 from finetune.version import __version__
 
 
-def run(words: list[str]) -> None:
-    """Run a verb: `fit`, `validate` or `test` and its options."""
+def run(words: list[str], called: str | None = None) -> None:
+    """Run a verb: `fit`, `validate` or `test` and its options.
+
+    Args:
+        words: The verb and its options.
+        called: The verb that the user typed, if it is another name for one of these.
+    """
     if {"-h", "--help"} & set(words):
-        print(help_text(words[0]))
+        print(help_text(called or words[0]))
         return
     words = ["--help" if word == "--help_all" else word for word in words]
     typed = {word.partition("=")[0] for word in words}
-    words = resolve(words)
+    words = _with_default_classes(resolve(words))
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)  # devices found, tips, where checkpoints were loaded from
     with warnings.catch_warnings(), own_errors():
@@ -61,6 +66,18 @@ def run(words: list[str]) -> None:
             save_config_kwargs={"overwrite": True},
             args=words,
         )
+
+
+def _with_default_classes(words: list[str]) -> list[str]:
+    """Put our classes before the options, where anything that follows can replace them.
+
+    As defaults of the parser they would come with the values of all their options, and jsonargparse hands those on to a class
+    that replaces them and has options of the same names, as if somebody had chosen them.
+
+    >>> _with_default_classes(["fit", "--data", "theirs.Data"])[-2:]
+    ['--data', 'theirs.Data']
+    """
+    return [*words[:1], "--model", "finetune.FinetuneModule", "--data", "finetune.FolderDataModule", *words[1:]]
 
 
 _STRICT = {"allow_abbrev": False}
@@ -109,10 +126,8 @@ class FinetuneCLI(LightningCLI):
         super().__init__(*args, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the run's options, the default classes, and the link from the data's classes to the model."""
+        """Add the run's options and the link from the data's classes to the model."""
         parser.add_class_arguments(RunOptions, "run")
-        parser.set_defaults({"model": {"class_path": "finetune.FinetuneModule"}})
-        parser.set_defaults({"data": {"class_path": "finetune.FolderDataModule"}})
         parser.link_arguments("data", "model.init_args.num_classes", compute_fn=_num_classes, apply_on="instantiate")
         parser.link_arguments("data", "model.init_args.class_names", compute_fn=_class_names, apply_on="instantiate")
 

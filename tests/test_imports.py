@@ -46,9 +46,9 @@ ORDER = [
     "callbacks",
     "parser",
     "defaults",
-    "usage",
     "predict",
     "distill",
+    "usage",
     "training",
     "main",
 ]
