@@ -25,6 +25,7 @@ OWN_VERBS = {
     "distill": "teach a backbone what another one knows, on pictures without labels",
     "predict": "name the class of pictures: a checkpoint and a folder -> a CSV file",
     "stages": "show the stages of a backbone",
+    "weights": "list the weights that are there for a backbone, here and now",
     "recipes": "list the recipes, or copy one to edit it",
 }
 
@@ -72,6 +73,8 @@ def _dispatch(words: list[str]) -> None:
         _recipes(words[1:])
     elif verb == "stages":
         _stages(words[1:])
+    elif verb == "weights":
+        _weights(words[1:])
     elif verb == "predict":
         _predict(words[1:])
     elif verb in TRAINER_VERBS or verb == "distill":
@@ -140,6 +143,19 @@ def _stages(words: Sequence[str]) -> None:
     from finetune.boundaries import stage_table
 
     print(stage_table(options.backbone, options.num_classes, options.input))
+
+
+def _weights(words: Sequence[str]) -> None:
+    parser = _Parser(
+        prog="resnet-finetune weights",
+        description="List the weights that are there here and now (cached, hub, bundled, package), and what to type.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("backbone", nargs="?", help="a timm model name; without one, all weights on this machine")
+    options = parser.parse_args(words)
+    from finetune.weight_list import weights_table
+
+    print(weights_table(options.backbone))
 
 
 def _predict(words: Sequence[str]) -> None:

@@ -24,13 +24,13 @@ from finetune.arguments import resolve
 from finetune.callbacks import EpochLine, PhaseEarlyStopping
 from finetune.defaults import RunOptions, trainer_defaults
 from finetune.errors import ConfigError
-from finetune.hub import available
 from finetune.module import FinetuneModule
 from finetune.parser import Parser, instantiate, own_errors
 from finetune.runs import CHECKPOINTS, CONFIG, RESUMED_CONFIG, AtomicCheckpointIO, RunLogger, new_run, run_of
 from finetune.sample import BUILT_IN
 from finetune.usage import help_text
 from finetune.version import __version__
+from finetune.weight_sources import obtainable
 
 
 def run(words: list[str], called: str | None = None) -> None:
@@ -162,7 +162,7 @@ class FinetuneCLI(LightningCLI):
         if self.resumes is not None:
             self._given_weights = options["weights"]
             config.model.init_args.weights = "none"  # the checkpoint brings them
-        elif options["weights"] == "auto" and root in BUILT_IN and not available(options["backbone"]):
+        elif options["weights"] == "auto" and root in BUILT_IN and not obtainable(options["backbone"]):
             self._start_random(config.model.init_args)
 
     def _look_into(self, checkpoint: Path, config: Any) -> None:
@@ -179,6 +179,7 @@ class FinetuneCLI(LightningCLI):
         """Let the saved configuration say what was given, not what a resumed run made of it."""
         if self.resumes is not None and isinstance(self.model, FinetuneModule):
             checkpoints.require_own(self.stored, self.resumes)
+            self.model.expect(checkpoints.stamped_input(self.stored))  # the data ask for it before Lightning loads the rest
         if self._given_weights is not None:
             self.config[self.subcommand].model.init_args.weights = self._given_weights
 
@@ -189,7 +190,7 @@ class FinetuneCLI(LightningCLI):
             if f"--model.{name}" not in self.typed:
                 options[name] = value
         rank_zero_print(
-            f"\n*** No pretrained weights for {options.backbone} can be had: not in the cache, and the hub does not answer.\n"
+            f"\n*** No pretrained weights for {options.backbone} can be had: none came along, and the hub does not answer.\n"
             "*** As this is only the built-in data, training starts from RANDOM weights, and everything trains instead of\n"
             "*** what the recipe freezes. For your own pictures give weights: --model.weights FILE (docs/weights.md)\n"
         )

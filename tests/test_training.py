@@ -209,9 +209,7 @@ class Theirs(L.LightningDataModule):
 )
 def test_another_class_has_its_own_defaults(tmp_path, words, made):
     (tmp_path / "theirs_data.py").write_text(THEIRS)
-    (tmp_path / "theirs.yaml").write_text(
-        "data:\n  class_path: theirs_data.Theirs\n  init_args:\n    val_fraction: 0.25\n"
-    )
+    (tmp_path / "theirs.yaml").write_text("data:\n  class_path: theirs_data.Theirs\n  init_args:\n    val_fraction: 0.25\n")
     with pytest.raises(SystemExit, match=f"^made with {made}$"):
         main(["fit", *words, *TINY[:4]])
 
