@@ -70,7 +70,7 @@ def package_file(name: str) -> Path:
         if path.suffix == ".pth" and path.is_file():
             return path
     raise WeightsError(
-        f"The package {DISTRIBUTION} is installed, but the file with its weights (.pth) is missing. Put it right with: {REINSTALL}"
+        f"The package {DISTRIBUTION} is installed, but its file with weights (.pth) is missing. Put it right with: {REINSTALL}"
     )
 
 
