@@ -8,7 +8,7 @@ head, if wanted, to the teacher's softened class probabilities (Hinton et al. 20
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -33,10 +33,12 @@ from finetune.positioned import PositionedDataModule
 from finetune.predict import load_model
 from finetune.randomness import global_seed, seed_of
 from finetune.reuse import keep, pictures_key, weights_hash
+from finetune.runs import find_checkpoint
 from finetune.sample import BUILT_IN
 from finetune.store import Rows, Store, format_bytes
 from finetune.transforms import Augmentation, InputSpec, change_look, eval_transform, random_crop
 from finetune.version import __version__
+from finetune.weight_files import sha256_of
 
 
 class DistillDataModule(PositionedDataModule):
@@ -95,10 +97,22 @@ class DistillDataModule(PositionedDataModule):
     @cached_property
     def teacher(self) -> FinetuneModule:
         """The teacher, in eval mode."""
-        if Path(self.teacher_name).exists():
-            return load_model(self.teacher_name)
+        if self._teacher_file is not None:
+            return load_model(self._teacher_file)
         number = int(pretrained_cfg(self.teacher_name).num_classes)
         return FinetuneModule(self.teacher_name, num_classes=number, weights=self.teacher_weights).eval()
+
+    @property
+    def _teacher_file(self) -> Path | None:
+        """The checkpoint of a teacher that is a run."""
+        return find_checkpoint(self.teacher_name, Path("runs")) if Path(self.teacher_name).exists() else None
+
+    def teacher_origin(self) -> dict[str, Any]:
+        """Return the teacher's name, and kind and sha256 of the file that holds its weights."""
+        file, report = self._teacher_file, self.teacher.weights_report
+        if file is not None:
+            return {"name": self.teacher_name, "source": "checkpoint", "sha256": sha256_of(file)}
+        return {"name": self.teacher_name, "source": report.source, "sha256": report.sha256}
 
     @property
     def num_classes(self) -> int:
@@ -130,7 +144,8 @@ class DistillDataModule(PositionedDataModule):
 
     def _dataset(self, split: str, spec: InputSpec, varied: bool) -> PictureDataset:
         train = split == "train" and self.augment != "none"
-        transform: Any = random_crop(spec, self.augment, self.hflip) if train else eval_transform(spec)
+        fixed = replace(spec, crop=self.teacher.input_spec.crop)  # the student must see as much as the teacher does
+        transform: Any = random_crop(spec, self.augment, self.hflip) if train else eval_transform(fixed)
         seed = seed_of(global_seed(), "views") if train else None
         if not (varied and train):
             return PictureDataset(Path(), self.files[split], transform, seed)
@@ -293,6 +308,11 @@ class DistillModule(FinetuneModule):
             self.head.requires_grad_(False)
             self._never_trained |= {f"head.{name}" for name, _ in self.head.named_parameters()}
 
+    @property
+    def classifies(self) -> bool:
+        """Whether the head learns, too."""
+        return bool(self.hparams["logits_weight"] > 0)
+
     def setup(self, stage: str) -> None:
         """Take the teacher's width, scale and classifier from the data."""
         super().setup(stage)
@@ -307,7 +327,8 @@ class DistillModule(FinetuneModule):
 
     def _project_to(self, width: int) -> None:
         if self.hparams["features_weight"] > 0 and self.projector is None:
-            self.projector = nn.Linear(cast(nn.Linear, self.head).in_features, width)
+            with seeded(seed_of(global_seed(), "projector")):  # whether the teacher had to work before, or not
+                self.projector = nn.Linear(cast(nn.Linear, self.head).in_features, width)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make room for the projector of a checkpoint that is loaded without its data."""
@@ -353,33 +374,35 @@ class DistillModule(FinetuneModule):
     def on_fit_end(self) -> None:
         """Write the student of the best checkpoint as weights for others, with a card, into the run's folder."""
         kept: Any = self.trainer.checkpoint_callbacks
-        best = next((callback.best_model_path for callback in kept if callback.best_model_path), None)
-        if best is None:
+        chosen = next((callback for callback in kept if callback.best_model_path), None)
+        if chosen is None:
             return
-        state = checkpoints.read_own(best)["state_dict"]
+        best = chosen.best_model_path
+        checkpoint = checkpoints.read_own(best)
+        state = checkpoint["state_dict"]
         tensors = {name.removeprefix("backbone."): value for name, value in state.items() if name.startswith("backbone.")}
-        if self.hparams["logits_weight"] > 0:
+        if self.classifies:
             tensors |= {f"{self.classifier_name}.{part}": state[f"head.{part}"] for part in ("weight", "bias")}
         path = Path(best).parent.parent / "student.safetensors"
-        card = write_weights(path, tensors, self._card(), getattr(torch, self.hparams["export_dtype"]))
+        card = write_weights(path, tensors, self._card(checkpoint, chosen), getattr(torch, self.hparams["export_dtype"]))
         self.print(f"student {path} ({format_bytes(card['bytes'])}, sha256 {card['sha256'][:12]}), its card beside it")
 
-    def _card(self) -> dict[str, Any]:
+    def _card(self, checkpoint: Mapping[str, Any], chosen: Any) -> dict[str, Any]:
+        """Describe the student of a checkpoint that a callback chose."""
         data = cast(DistillDataModule, getattr(self.trainer, "datamodule", None))
-        teacher = data.teacher.weights_report
-        metrics = {name: round(float(value), 5) for name, value in self.trainer.callback_metrics.items()}
+        score = chosen.best_model_score
         return {
             "architecture": self.hparams["backbone"],
             "input": checkpoints.plain(asdict(self.input_spec)),
-            "class_names": self.class_names if self.hparams["logits_weight"] > 0 else None,
-            "teacher": {"name": data.teacher_name, "sha256": teacher.sha256, "source": teacher.source},
+            "class_names": self.class_names if self.classifies else None,
+            "teacher": data.teacher_origin(),
             "pictures": {"places": [Path(p).name for p in data.places], **{k: len(v) for k, v in data.files.items()}},
             "settings": {
                 "model": checkpoints.plain(dict(self.hparams)),
                 "data": checkpoints.plain({k: v for k, v in data.hparams.items() if k != "pictures"}),
-                "epochs": self.trainer.current_epoch,
-                "steps": self.trainer.global_step,
+                "epochs": int(checkpoint["epoch"]) + 1,
+                "steps": int(checkpoint["global_step"]),
             },
-            "metrics": metrics,
+            "metrics": {} if score is None else {str(chosen.monitor): round(float(score), 5)},
             "version": __version__,
         }

@@ -193,6 +193,11 @@ class FinetuneModule(L.LightningModule):
     # --------------------------------------------------------------------------------------------------------- stages
 
     @property
+    def classifies(self) -> bool:
+        """Whether the head is one to predict classes with."""
+        return True
+
+    @property
     def stage_names(self) -> list[str]:
         """Names of all stages in the order of the network, the head last."""
         return [*(stage.name for stage in self.stages), HEAD]

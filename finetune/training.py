@@ -298,7 +298,7 @@ class FinetuneCLI(LightningCLI):
         run = _relative(self.run_folder)
         kept = [*self.run_folder.glob("*.*"), *(self.run_folder / CHECKPOINTS).glob("*.ckpt")]
         rank_zero_print(f"files  {run}/  ({', '.join(sorted(str(path.relative_to(self.run_folder)) for path in kept))})")
-        if isinstance(self.model, FinetuneModule):
+        if isinstance(self.model, FinetuneModule) and self.model.classifies:
             rank_zero_print(f"next   resnet-finetune predict {shlex.quote(str(run))} PICTURES --out predictions.csv")
 
     def _has_test(self) -> bool:
