@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import timm
 import timm.data
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -116,3 +118,38 @@ def initialise(
         elif init == "kaiming" and isinstance(layer, NORM_LAYERS):
             for name, parameter in layer.named_parameters(recurse=False):
                 nn.init.constant_(parameter, 1.0 if name == "weight" else 0.0)
+
+
+def checkpoint_gradients(backbone: nn.Module, size: int) -> None:
+    """Let a timm network compute activations again in the backward pass instead of holding them, in place.
+
+    BatchNorm in the parts that run twice would move its statistics twice in each step. Its momentum m becomes
+    1 - sqrt(1 - m), so that two moves are as far as one was.
+
+    Args:
+        backbone: The network.
+        size: Side of a picture that it accepts, in pixels.
+
+    Raises:
+        ConfigError: If the network cannot do so.
+    """
+    network: Any = backbone
+    try:
+        network.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError) as error:
+        name = type(backbone).__name__
+        raise ConfigError(f"{name} cannot checkpoint gradients: set model.grad_checkpointing to false.") from error
+    for name in _run_twice(backbone, size):
+        norm: Any = backbone.get_submodule(name)
+        norm.momentum = 1 - (1 - norm.momentum) ** 0.5
+
+
+def _run_twice(backbone: nn.Module, size: int) -> list[str]:
+    """Return the names of the BatchNorm layers that run both in the forward and in the backward pass."""
+    trial = copy.deepcopy(backbone).train()
+    norms = {name: module for name, module in trial.named_modules() if isinstance(module, _BatchNorm)}
+    before = {name: int(cast(Any, norm).num_batches_tracked) for name, norm in norms.items() if norm.momentum is not None}
+    with torch.random.fork_rng(devices=[]):
+        like = next(trial.parameters())
+        trial(torch.rand(2, 3, size, size, device=like.device, dtype=like.dtype)).sum().backward()
+    return [name for name, count in before.items() if int(cast(Any, norms[name]).num_batches_tracked) - count == 2]

@@ -45,6 +45,9 @@ class Boundaries:
         like = next(self.backbone.parameters())
         return torch.zeros(1, 3, self.size, self.size, device=like.device, dtype=like.dtype)
 
+    def _run(self, images: Tensor) -> Tensor:
+        return self.backbone._call_impl(images)  # type: ignore[no-any-return, no-untyped-call]  # compiled, it would pass hooks by
+
     def _find_entries(self, stages: Sequence[Stage]) -> list[nn.Module]:
         """Return for each stage the first of its modules that a forward pass calls."""
         called: dict[str, nn.Module] = {}
@@ -74,14 +77,14 @@ class Boundaries:
         """Run the network up to and including a stage: (N, 3, H, W) → the activation at the boundary above it."""
         index = self.stages.index(require_stage(stage, self.stages))
         if index == len(self.stages) - 1:
-            return self.backbone(images)  # type: ignore[no-any-return]
+            return self._run(images)
 
         def stop(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             raise _ReachedError(inputs[0])
 
         handle = self._entries[index + 1].register_forward_pre_hook(stop)
         try:
-            self.backbone(images)
+            self._run(images)
         except _ReachedError as reached:
             return reached.activation
         finally:
@@ -97,14 +100,14 @@ class Boundaries:
         below = nn.ModuleList(self._parts[: index + 1])  # the blank picture that passes there must leave no trace
         try:
             with evaluating(below):
-                return self.backbone(self._dummy())  # type: ignore[no-any-return]
+                return self._run(self._dummy())
         finally:
             handle.remove()
 
     def forward_dummy(self) -> Tensor:
         """Run a blank picture through the network in eval mode: → features (1, C)."""
         with evaluating(self.backbone), torch.no_grad():
-            return self.backbone(self._dummy())  # type: ignore[no-any-return]
+            return self._run(self._dummy())
 
     def output_shape(self, stage: Stage) -> tuple[int, ...]:
         """Return the shape of what a stage hands on; the last one's before it is pooled to features."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 KEY = "finetune"
 FORMAT = 1
-_FREE_TO_CHANGE = {"weights", "partial_weights", "memory_format", "class_names"}  # they do not change how a resumed run goes on
+_FREE_TO_CHANGE = {"weights", "partial_weights", "memory_format", "class_names", "compile"}  # a resumed run goes on as it would
 
 
 def stamp(checkpoint: dict[str, Any], module: FinetuneModule) -> None:

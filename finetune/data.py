@@ -27,6 +27,7 @@ from finetune.hardware import worker_count
 from finetune.loading import EvalSampler, PictureDataset, TrainSampler, even_batch_size
 from finetune.positioned import PositionedDataModule
 from finetune.randomness import global_seed, seed_of
+from finetune.reuse import Reuse, ReuseLoader, ReuseType
 from finetune.sample import BUILT_IN
 from finetune.transforms import Augmentation, InputSpec, eval_transform, train_transform
 
@@ -65,6 +66,10 @@ class FolderDataModule(PositionedDataModule):
         split_seed: Another seed draws other pictures for these shares.
         workers: Processes that read pictures. By default one per core up to 8, and none for fewer than 64 pictures.
         eval_batch_size: Pictures per step and device in validation and test. By default twice the batch size.
+        reuse: Whether what the frozen stages make of a picture is computed once and kept, also for later runs: off, exact
+            (needs augment none), or views:K (each training picture is kept in K augmented versions, which take turns).
+        reuse_dtype: Kind of number that is kept; float16 takes half the room and rounds.
+        reuse_budget: Gigabytes that what is kept for one phase may take; a phase that needs more reads pictures instead.
 
     Attributes:
         input_spec: The input that the loaders deliver; `setup` asks the model for it.
@@ -82,6 +87,9 @@ class FolderDataModule(PositionedDataModule):
         split_seed: int = 0,
         workers: int | None = None,
         eval_batch_size: int | None = None,
+        reuse: str = "off",
+        reuse_dtype: ReuseType = "float32",
+        reuse_budget: float = 20.0,
     ) -> None:
         super().__init__()
         root = _plain(root)
@@ -94,6 +102,7 @@ class FolderDataModule(PositionedDataModule):
         self.val_fraction, self.test_fraction, self.split_seed = val_fraction, test_fraction, split_seed
         self.workers = workers
         self._check_options(eval_batch_size)
+        self.reuse = Reuse.parse(reuse, reuse_dtype, reuse_budget, random=augment != "none")
         self.input_spec = self._resized(InputSpec.default())
 
     def _check_options(self, eval_batch_size: int | None) -> None:
@@ -171,7 +180,7 @@ class FolderDataModule(PositionedDataModule):
             if run and trainer.is_global_zero and (trainer.loggers or Path(run).resolve() != Path.cwd()):
                 write_split(self.folder, Path(run, "split.csv"))
 
-    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+    def train_dataloader(self) -> DataLoader[dict[str, Any]] | ReuseLoader:
         """Return shuffled, augmented training batches; the pictures of an incomplete last batch wait for another epoch."""
         seed = global_seed()
         trainer: Any = self.trainer
@@ -182,11 +191,16 @@ class FolderDataModule(PositionedDataModule):
             return self._loader(dataset, self.batch_size)
         position = self.position if trainer else None
         sampler = TrainSampler(dataset, self.batch_size, seed, position, *self.ranks())
-        return self._loader(dataset, self.batch_size, sampler, drop_last=len(sampler) > self.batch_size)
+        loader = self._loader(dataset, self.batch_size, sampler, drop_last=len(sampler) > self.batch_size)
+        return self._reusing(loader, "train")
 
-    def val_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:
+    def val_dataloader(self) -> DataLoader[dict[str, Any]] | ReuseLoader | list[Any]:
         """Return the validation batches in the order of `files`; an empty list if there are no pictures to validate with."""
-        return self.eval_loader("val") if self.folder.splits["val"] else []
+        return self._reusing(self.eval_loader("val"), "val") if self.folder.splits["val"] else []
+
+    def _reusing(self, loader: DataLoader[dict[str, Any]], split: Split) -> DataLoader[dict[str, Any]] | ReuseLoader:
+        fits = self.reuse is not None and self.trainer is not None and self.trainer.state.fn == "fit"
+        return ReuseLoader(loader, self.reuse, self.trainer, split) if fits and self.reuse else loader
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Return the test batches in the order of `files`.

@@ -116,6 +116,22 @@ def started(phases: Sequence[Phase], stage: str, epoch: int) -> int | None:
     return since
 
 
+def frozen_line(phase: Phase, stages: Sequence[str], moving: Collection[str] = ()) -> str | None:
+    """Return the last stage up to which nothing changes during a phase, or None if even the first one does.
+
+    Args:
+        phase: The phase.
+        stages: The stages before the head, in the order of the network.
+        moving: The stages whose BatchNorm statistics move though they are frozen.
+
+    >>> frozen_line(Phase(("layer4", "head"), False, 0, 1), ["stem", "layer1", "layer2", "layer3", "layer4"])
+    'layer3'
+    """
+    changes = [stage in phase.train or stage in moving or phase.norms for stage in stages]
+    below = changes.index(True) if True in changes else len(stages)
+    return stages[below - 1] if below else None
+
+
 def set_trainable(module: nn.Module, phase: Phase, members: Mapping[str, Collection[str]], norms: Collection[str]) -> None:
     """Toggle `requires_grad` for a phase, and drop the gradients of what is frozen.
 

@@ -27,6 +27,7 @@ OWN_VERBS = {
     "stages": "show the stages of a backbone",
     "weights": "list the weights that are there for a backbone, here and now",
     "recipes": "list the recipes, or copy one to edit it",
+    "reuse": "list what was computed once and is kept for later runs, or clear it",
 }
 
 HELP = """usage: resnet-finetune VERB [OPTIONS]
@@ -77,6 +78,8 @@ def _dispatch(words: list[str]) -> None:
         _weights(words[1:])
     elif verb == "predict":
         _predict(words[1:])
+    elif verb == "reuse":
+        _reuse(words[1:])
     elif verb in TRAINER_VERBS or verb == "distill":
         if os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())  # a user's own classes: --model my_module.MyModule
@@ -156,6 +159,20 @@ def _weights(words: Sequence[str]) -> None:
     from finetune.weight_list import weights_table
 
     print(weights_table(options.backbone))
+
+
+def _reuse(words: Sequence[str]) -> None:
+    parser = _Parser(
+        prog="resnet-finetune reuse",
+        description="List what frozen stages made of pictures and is kept for later runs (--data.reuse), or clear it.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--clear", action="store_true", help="delete what is listed")
+    parser.add_argument("--unused", type=float, metavar="DAYS", default=0.0, help="only what was not used for so many days")
+    options = parser.parse_args(words)
+    from finetune.store import clear_kept, kept_table
+
+    print(clear_kept(options.unused) if options.clear else kept_table(options.unused))
 
 
 def _predict(words: Sequence[str]) -> None:

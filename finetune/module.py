@@ -11,29 +11,35 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, Literal
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics import MetricCollection
 
 from finetune import checkpoints
-from finetune.backbones import create_model, initialise, input_spec_of
+from finetune.backbones import checkpoint_gradients, create_model, initialise, input_spec_of
+from finetune.boundaries import Boundaries
 from finetune.errors import DataError
-from finetune.freezing import Phase, hold_frozen, phase_at, plan, set_trainable
+from finetune.fold import folded
+from finetune.freezing import Phase, frozen_line, hold_frozen, phase_at, plan, set_trainable
 from finetune.metrics import build_metrics
 from finetune.optim import StageRates, build_groups, build_optimizer
 from finetune.options import check_options
 from finetune.randomness import global_seed, seed_of
+from finetune.reuse import Kept, weights_hash
 from finetune.schedules import ScheduleName
-from finetune.stages import HEAD, norm_parameters, split_head
+from finetune.stages import HEAD, Stage, norm_parameters, split_head
 from finetune.timetable import Timetable, build_timetable, run_length
 from finetune.transforms import InputSpec
 from finetune.weights import load_weights
 
 BatchNormMode = Literal["auto", "frozen", "train"]
+_DUMMY = 64  # pixels of the blank picture that passes the stages below a cut
 
 
 class FinetuneModule(L.LightningModule):
@@ -68,6 +74,8 @@ class FinetuneModule(L.LightningModule):
         step_drop: By what step multiplies the learning rate.
         label_smoothing: Label smoothing of the training loss (Szegedy et al. 2016).
         memory_format: Layout of pictures in memory: auto (channels_last, but on Apple GPUs), channels_last, contiguous.
+        grad_checkpointing: Compute activations again in the backward pass instead of holding them: less memory, more time.
+        compile: A backend of torch.compile for the backbone, such as inductor; none if null.
 
     Raises:
         ConfigError: If options are unknown or contradict each other.
@@ -77,6 +85,7 @@ class FinetuneModule(L.LightningModule):
     mean: Tensor
     std: Tensor
     _phase: Phase | None = None
+    _hashed: tuple[str, Phase | None, str] | None = None
     timetable: Timetable | None = None
 
     def __init__(
@@ -109,6 +118,8 @@ class FinetuneModule(L.LightningModule):
         step_drop: float = 0.1,
         label_smoothing: float = 0.0,
         memory_format: Literal["auto", "channels_last", "contiguous"] = "auto",
+        grad_checkpointing: bool = False,
+        compile: str | None = None,
     ) -> None:
         super().__init__()
         weights = os.fspath(weights)
@@ -132,6 +143,8 @@ class FinetuneModule(L.LightningModule):
             backbone_options=backbone_args,
             class_names=class_names,
         )
+        if grad_checkpointing:
+            checkpoint_gradients(self.backbone, self._dummy_size)
         self._never_trained = {name for name, p in self.named_parameters() if not p.requires_grad}
         self.metrics = nn.ModuleDict(
             {f"{split}_metrics": build_metrics(split, num_classes) for split in ("train", "val", "test")}
@@ -142,8 +155,8 @@ class FinetuneModule(L.LightningModule):
         self.expect(self.input_spec if said is None else InputSpec.from_plain(said))
         if memory_format == "auto":
             memory_format = "contiguous" if torch.backends.mps.is_available() else "channels_last"
-        self._format = torch.channels_last if memory_format == "channels_last" else torch.contiguous_format
-        self.to(memory_format=self._format)
+        self.memory_layout = torch.channels_last if memory_format == "channels_last" else torch.contiguous_format
+        self.to(memory_format=self.memory_layout)
 
     # ---------------------------------------------------------------------------------------------- pictures to logits
 
@@ -163,20 +176,35 @@ class FinetuneModule(L.LightningModule):
             DataError: If float pictures leave [0, 1], as they do when they were normalised before.
         """
         if images.dtype == torch.uint8:
-            return images.to(self.mean.dtype, memory_format=self._format).div_(255).sub_(self.mean).div_(self.std)
+            return images.to(self.mean.dtype, memory_format=self.memory_layout).div_(255).sub_(self.mean).div_(self.std)
         low, high = (float(x) for x in images.aminmax())
         if not (low >= -0.1 and high <= 1.1):  # resizing with bicubic overshoots a little
             raise DataError(
                 f"Expected pictures as uint8, or as float between 0 and 1; found float between {low:.3g} and {high:.3g}. "
                 "The module applies mean and standard deviation itself: leave Normalize out of your transforms."
             )
-        return images.sub(self.mean).div_(self.std).contiguous(memory_format=self._format)
+        return images.sub(self.mean).div_(self.std).contiguous(memory_format=self.memory_layout)
 
-    def features(self, images: Tensor) -> Tensor:
-        """Map pictures (N, 3, H, W) to what the head sees (N, C)."""
+    def features(self, images: Tensor | Kept) -> Tensor:
+        """Map pictures (N, 3, H, W), or what was kept of them, to what the head sees (N, C)."""
+        if isinstance(images, Kept):
+            activation = images.activation.to(self.mean.dtype)
+            return self.boundaries.upper(activation, images.stage).flatten(1)
         return self.backbone(self.normalise(images)).flatten(1)  # type: ignore[no-any-return]
 
-    def forward(self, images: Tensor) -> Tensor:
+    def lower(self, images: Tensor, stage: str) -> Tensor:
+        """Run pictures (N, 3, H, W) through the stages up to and including one: → what the next stage gets."""
+        return self.boundaries.lower(self.normalise(images), stage)
+
+    def frozen_copy(self) -> Callable[[Tensor, str], Tensor]:
+        """Return `lower` of a copy of the backbone that is only good for reading from: in eval mode, BatchNorm folded."""
+        example = torch.zeros(2, 3, *2 * [self.boundaries.size], dtype=torch.uint8, device=self.device)
+        example.random_(generator=torch.Generator(self.device).manual_seed(0))
+        copy = folded(self.backbone, self.normalise(example)).to(memory_format=self.memory_layout)
+        cuts = Boundaries(copy, self.stages, self.boundaries.size)
+        return lambda images, stage: cuts.lower(self.normalise(images), stage)
+
+    def forward(self, images: Tensor | Kept) -> Tensor:
         """Map pictures (N, 3, H, W), uint8 or float in [0, 1], to logits (N, num_classes)."""
         return self.head(self.features(images))  # type: ignore[no-any-return]
 
@@ -227,6 +255,49 @@ class FinetuneModule(L.LightningModule):
         self._phase = phase
         self.train(self.training)
 
+    @property
+    def phase(self) -> Phase | None:
+        """The freezing phase that training is in; None outside of training."""
+        return self._phase
+
+    @cached_property
+    def boundaries(self) -> Boundaries:
+        """The places where the backbone can be cut."""
+        return Boundaries(self.backbone, self.stages, self._dummy_size)
+
+    @property
+    def _dummy_size(self) -> int:
+        fixed = hasattr(self.backbone, "patch_embed")  # a transformer takes pictures of one size only
+        return self.input_spec.size if fixed else _DUMMY
+
+    def frozen_line(self, phase: Phase) -> str | None:
+        """Return the last stage up to which nothing changes during a phase, or None if even the first one does."""
+        moving = [stage.name for stage in self.stages if self._has_batchnorm(stage)] if self.hparams["bn"] == "train" else []
+        return frozen_line(phase, [stage.name for stage in self.stages], moving)
+
+    def _has_batchnorm(self, stage: Stage) -> bool:
+        parts = (part for outer in stage.modules for part in self.backbone.get_submodule(outer).modules())
+        return any(isinstance(part, _BatchNorm) for part in parts)
+
+    def why_nothing_is_frozen(self) -> str:
+        """Return the reason, for a message, why no phase has stages up to which nothing changes."""
+        if self.hparams["bn"] == "train" and self.hparams["freezing"] != "full":
+            return "with model.bn train the BatchNorm statistics of all stages move"
+        return f"with model.freezing {self.hparams['freezing']} even the first stage changes"
+
+    def frozen_hash(self, stage: str) -> str:
+        """Return a hash of all that the stages up to one depend on: their weights and the normalisation of pictures."""
+        if self._hashed is None or self._hashed[:2] != (stage, self._phase):
+            names = [s.name for s in self.stages]
+            modules = [name for s in self.stages[: names.index(stage) + 1] for name in s.modules]
+            tensors = {"mean": self.mean, "std": self.std} | {
+                name: tensor
+                for name, tensor in self.backbone.state_dict().items()
+                if any(name.startswith(f"{module}.") for module in modules) and not name.endswith("num_batches_tracked")
+            }
+            self._hashed = stage, self._phase, f"{type(self.backbone).__qualname__} {weights_hash(tensors)}"
+        return self._hashed[2]
+
     def _set_trainable(self, phase: Phase) -> None:
         named = self.stage_parameters()
         members = {stage: [name for name in named[stage] if name not in self._never_trained] for stage in self.stage_names}
@@ -242,8 +313,10 @@ class FinetuneModule(L.LightningModule):
 
     # ---------------------------------------------------------------------------------------------------------- steps
 
-    def unpack(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Return pictures and labels of a batch: a mapping with `image` and `label`, or a pair."""
+    def unpack(self, batch: Any) -> tuple[Tensor | Kept, Tensor]:
+        """Return pictures and labels of a batch: a mapping with `image` (or `kept` and `stage`) and `label`, or a pair."""
+        if isinstance(batch, Mapping) and {"kept", "stage", "label"} <= set(batch):
+            return Kept(batch["kept"], batch["stage"]), batch["label"]
         if isinstance(batch, Mapping) and {"image", "label"} <= set(batch):
             return batch["image"], batch["label"]
         if isinstance(batch, Sequence) and len(batch) >= 2:
@@ -305,6 +378,8 @@ class FinetuneModule(L.LightningModule):
         if said is not None:  # normalisation is of the weights, whoever says the size
             self.input_spec = replace(said, mean=self.input_spec.mean, std=self.input_spec.std)
         if stage == "fit":
+            if self.hparams["compile"]:
+                self.backbone.compile(backend=self.hparams["compile"])
             phases = plan(self.hparams["freezing"], self.stage_names, run_length(self.trainer))
             self._phase = None
             self.train()
@@ -314,7 +389,11 @@ class FinetuneModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """Return the optimizer with all groups, and a scheduler that multiplies each by its factor at every step."""
         optimizer = build_optimizer(
-            self.hparams["optimizer"], self.param_groups(), self.hparams["momentum"], self.hparams["optimizer_args"]
+            self.hparams["optimizer"],
+            self.param_groups(),
+            self.hparams["momentum"],
+            self.hparams["optimizer_args"],
+            fused=self.trainer.precision != "16-mixed",  # whose gradients Lightning clips only unfused
         )
         stages = [group["stage"] for group in optimizer.param_groups]
         factors = [self._factor_of(stage) for stage in stages]

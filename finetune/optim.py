@@ -64,6 +64,9 @@ class StageRates:
         return {name: scales[name] for name in stages}
 
 
+_FUSED = ("sgd", "nesterov", "momentum", "adam", "adamw")  # timm's names of torch's own
+
+
 def build_groups(
     parameters: Mapping[str, nn.Parameter], members: Mapping[str, Sequence[str]], stages: Sequence[str], rates: StageRates
 ) -> list[dict[str, Any]]:
@@ -97,9 +100,16 @@ def build_groups(
 
 
 def build_optimizer(
-    name: str, groups: Sequence[dict[str, Any]], momentum: float, options: Mapping[str, Any] | None
+    name: str, groups: Sequence[dict[str, Any]], momentum: float, options: Mapping[str, Any] | None, fused: bool = True
 ) -> torch.optim.Optimizer:
     """Create an optimizer by its timm name on ready groups.
+
+    Args:
+        name: A timm name.
+        groups: The groups, see `build_groups`.
+        momentum: Momentum, where the optimizer has one.
+        options: Further arguments of the optimizer.
+        fused: Let torch's own optimizers update all parameters in one pass, which is several times faster.
 
     Raises:
         ConfigError: If the name is unknown, needs a package that is missing, or does not take the options.
@@ -109,10 +119,11 @@ def build_optimizer(
         raise ConfigError(
             f"Unknown optimizer '{name}'.{did_you_mean(name, known)} Expected sgd, adamw or another timm optimizer."
         )
+    options = {**({"fused": True} if fused and name.lower() in _FUSED else {}), **(options or {})}
     try:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
-            list(groups), opt=name.lower(), lr=groups[0]["lr"], momentum=momentum, **(options or {})
+            list(groups), opt=name.lower(), lr=groups[0]["lr"], momentum=momentum, **options
         )
     except (ImportError, TypeError, ValueError, AssertionError) as error:
-        raise ConfigError(f"The optimizer '{name}' could not be created with {dict(options or {})}: {error}") from error
+        raise ConfigError(f"The optimizer '{name}' could not be created with {options}: {error}") from error
     return optimizer

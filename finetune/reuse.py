@@ -1,19 +1,28 @@
-"""What a frozen network makes of pictures is computed once, kept in a `Store`, and served from there."""
+"""What a frozen network makes of pictures is computed once, kept in a `Store`, and served from there.
+
+Below the lowest stage that trains nothing changes from epoch to epoch. What the frozen stages make of each picture is a
+function of their weights, the arithmetic, the transform and the file, which together are the key of a store; so it is found
+again in the next epoch, in the next phase that freezes as much, and in the next run.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torchvision
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from finetune.errors import ConfigError, did_you_mean
 from finetune.loading import PictureDataset
-from finetune.store import BLOCK, Rows, Store, file_identity
+from finetune.store import Rows, Store, file_identity, format_bytes
+
+ReuseType = Literal["float32", "float16"]
 
 _VERSION = 1  # of the way from a file to a row; a change makes all that is kept void
 
@@ -75,8 +84,7 @@ def keep(
         def load(ranges: Sequence[range]) -> Iterator[Tensor]:
             batches = [[(view, index) for index in numbers] for numbers in ranges]
             bar.update(store.shape[0] - sum(map(len, ranges)) - bar.n)
-            few = len(ranges) * BLOCK <= 2 * BLOCK
-            for batch in DataLoader(dataset, batch_sampler=batches, num_workers=0 if few else workers):
+            for batch in DataLoader(dataset, batch_sampler=batches, num_workers=workers if len(ranges) > 2 else 0):
                 yield batch["image"]
 
         def outputs(images: Tensor) -> Rows:
@@ -89,6 +97,169 @@ def keep(
     return store.rows()
 
 
-def frozen_copy(module: nn.Module) -> dict[str, Tensor]:
-    """Return the named tensors of a network, BatchNorm counters aside, which nothing is computed from."""
-    return {name: tensor for name, tensor in module.state_dict().items() if not name.endswith("num_batches_tracked")}
+@dataclass(frozen=True)
+class Reuse:
+    """What the user wants of reuse.
+
+    Attributes:
+        views: How many versions of each training picture are kept; 0 for exact, which allows no random transform.
+        dtype: Kind of number that is kept.
+        budget: Bytes that what is kept for one phase may take.
+    """
+
+    views: int
+    dtype: ReuseType
+    budget: float
+
+    @classmethod
+    def parse(cls, text: str, dtype: ReuseType, gigabytes: float, random: bool) -> Reuse | None:
+        """Read the option `reuse`: off, exact or views:K.
+
+        Args:
+            text: The option.
+            dtype: See the attributes.
+            gigabytes: The budget.
+            random: Whether training pictures vary at random.
+
+        Raises:
+            ConfigError: If it is none of these, or exact where pictures vary.
+        """
+        name, _, number = text.partition(":")
+        if text == "off":
+            return None
+        if text == "exact" and random:
+            raise ConfigError(
+                "data.reuse exact keeps one result per picture, but data.augment varies the pictures. Set data.augment "
+                "none, or data.reuse views:8 to keep 8 versions of each picture."
+            )
+        if text == "exact":
+            return cls(0, dtype, gigabytes * 1e9)
+        if name == "views" and number.isdigit() and int(number) > 0:
+            return cls(int(number) if random else 0, dtype, gigabytes * 1e9)
+        hint = did_you_mean(name, ["off", "exact", "views"])
+        raise ConfigError(f"Unknown data.reuse '{text}'.{hint} Expected off, exact or views:K, such as views:8.")
+
+
+class Kept(NamedTuple):
+    """What the stages up to and including `stage` made of pictures, in the place of the pictures.
+
+    Attributes:
+        activation: (N, …).
+        stage: The last stage that it went through.
+    """
+
+    activation: Tensor
+    stage: str
+
+
+class ReuseLoader:
+    """Batches of pictures where something below changes, and of what was kept where nothing does.
+
+    Which of the two is decided when an epoch begins, by the module's freezing phase. The batches hold the same pictures in the
+    same order either way: `image`, or `kept` and `stage`, beside `label` and `index`.
+
+    Args:
+        pictures: The loader of pictures, with a `PictureDataset`.
+        reuse: What the user wants.
+        trainer: The trainer, whose module says what is frozen.
+        split: Said in messages.
+    """
+
+    def __init__(self, pictures: DataLoader[dict[str, Any]], reuse: Reuse, trainer: Any, split: str) -> None:
+        self.pictures, self.reuse, self.trainer, self.split = pictures, reuse, trainer, split
+        self.dataset = cast(PictureDataset, pictures.dataset)
+        self._labels = torch.tensor([picture.label for picture in self.dataset.pictures])
+        self._served: tuple[str, int, Rows] | None = None
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        stage = frozen_line_now(self.trainer)
+        keys: list[Any] = list(self.pictures.sampler)
+        epoch = keys[0][0] if keys and isinstance(keys[0], tuple) else 0
+        rows = self._rows(stage, epoch) if stage else None
+        if rows is None or stage is None:
+            yield from self.pictures
+            return
+        size = self.pictures.batch_size or 1
+        last = len(keys) - len(keys) % size if self.pictures.drop_last else len(keys)
+        for start in range(0, last, size):
+            indices = torch.tensor([key[1] if isinstance(key, tuple) else key for key in keys[start : min(start + size, last)]])
+            kept = torch.from_numpy(rows[indices.numpy()])
+            kept = kept.movedim(-1, 1) if kept.ndim == 4 else kept
+            yield {"kept": pinned(kept), "stage": stage, "label": pinned(self._labels[indices]), "index": indices}
+
+    def _rows(self, stage: str, epoch: int) -> Rows | None:
+        views = self.reuse.views if self.dataset.seed is not None else 0
+        view = epoch % views if views else 0
+        if self._served is None or self._served[:2] != (stage, view):
+            rows = frozen_rows(self.trainer, self.dataset, stage, view, self.reuse, self.split, self.pictures.num_workers)
+            if rows is None:
+                return None
+            self._served = stage, view, rows
+        return self._served[2]
+
+
+def pinned(tensor: Tensor) -> Tensor:
+    """Return the tensor in pinned memory where there is a CUDA device, from which the copy there is faster."""
+    return tensor.pin_memory() if torch.cuda.is_available() else tensor
+
+
+def frozen_line_now(trainer: Any) -> str | None:
+    """Return the last stage below which nothing changes in the present phase.
+
+    Raises:
+        ConfigError: If the module knows no stages, or no phase of the run has such a stage.
+    """
+    module = trainer.lightning_module
+    timetable = getattr(module, "timetable", None)
+    if not hasattr(module, "frozen_line"):
+        raise ConfigError(f"data.reuse needs a FinetuneModule, found {type(module).__name__}. Set data.reuse off.")
+    if timetable is None or module.phase is None:  # before training, as in a sanity check
+        return None
+    if not any(module.frozen_line(phase) for phase in timetable.phases):
+        raise ConfigError(f"data.reuse has nothing to keep: {module.why_nothing_is_frozen()}. Set data.reuse off.")
+    found: str | None = module.frozen_line(module.phase)
+    return found
+
+
+def frozen_rows(
+    trainer: Any, dataset: PictureDataset, stage: str, view: int, reuse: Reuse, split: str, workers: int
+) -> Rows | None:
+    """Return what the stages up to `stage` make of each picture, computed unless it is kept; None if it is over the budget.
+
+    Activations with height and width are kept channels last: (number, height, width, C).
+    """
+    module = trainer.lightning_module
+    arithmetic = [trainer.precision, str(module.device.type), str(module.memory_layout)]
+    with torch.inference_mode():
+        blank = torch.zeros(1, 3, *2 * [trainer.datamodule.input_spec.size], dtype=torch.uint8, device=module.device)
+        shape = _channels_last(module.lower(blank, stage)).shape[1:]
+    key = {**pictures_key(dataset, view), "weights": module.frozen_hash(stage), "stage": stage, "arithmetic": arithmetic}
+    about = {"what": f"{module.hparams['backbone']} up to {stage}", "pictures": f"{split} of {dataset.root}, view {view + 1}"}
+    store = Store(key, (len(dataset), *shape), reuse.dtype, about)
+    whole = store.bytes * max(1, reuse.views if dataset.seed is not None else 1)
+    if whole > reuse.budget:
+        if view == 0:
+            module.print(
+                f"reuse: {about['what']} of {len(dataset)} pictures ({split}) would take {format_bytes(whole)}, above "
+                f"data.reuse_budget ({format_bytes(reuse.budget)}): in this phase pictures are read instead"
+            )
+        return None
+    if not store.complete:
+        module.print(
+            f"reuse: {about['what']} is computed once for {len(dataset)} pictures ({split}): {format_bytes(store.bytes)}"
+        )
+        lower = module.frozen_copy()
+
+    def compute(images: Tensor) -> Tensor:
+        with trainer.precision_plugin.forward_context():
+            return _channels_last(lower(images, stage))
+
+    first = trainer.global_rank / trainer.world_size
+    return keep(store, compute, dataset, view, device=module.device, workers=workers, what=f"up to {stage}", first=first)
+
+
+def _channels_last(activation: Tensor) -> Tensor:
+    return activation.movedim(1, -1) if activation.ndim == 4 else activation

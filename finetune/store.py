@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
+from tabulate import tabulate
 
 from finetune.errors import DataError
 from finetune.sample import cache_folder
@@ -226,8 +227,8 @@ def _write(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def list_kept(root: Path | None = None) -> list[Kept]:
-    """Return all stores, the last used first."""
+def list_kept(root: Path | None = None, unused: float = 0.0) -> list[Kept]:
+    """Return all stores that were not used for so many days, the last used first."""
     root = root or kept_folder()
     found = []
     for folder in root.iterdir() if root.is_dir() else []:
@@ -235,7 +236,7 @@ def list_kept(root: Path | None = None) -> list[Kept]:
         with contextlib.suppress(OSError, ValueError):
             about = json.loads((folder / _ABOUT).read_text())
         files = [path.stat() for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
-        if files:
+        if files and (unused <= 0 or time.time() - max(file.st_mtime for file in files) >= unused * 86400):
             size = sum(getattr(file, "st_blocks", 0) * 512 or file.st_size for file in files)
             found.append(Kept(folder, about, size, max(file.st_mtime for file in files)))
     return sorted(found, key=lambda kept: -kept.used)
@@ -251,6 +252,34 @@ def clear(kept: Kept) -> bool:
     except Timeout:
         return False
     return not kept.folder.exists()
+
+
+def kept_table(unused: float = 0.0) -> str:
+    """Return the table that `resnet-finetune reuse` prints."""
+    found = list_kept(unused=unused)
+    if not found:
+        return f"Nothing is kept in {kept_folder()}."
+    rows = [
+        (
+            one.about.get("what", "unfinished"),
+            one.about.get("pictures", ""),
+            " x ".join(map(str, one.about.get("shape", []))),
+            format_bytes(one.bytes),
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(one.used)),
+        )
+        for one in found
+    ]
+    table = tabulate(rows, headers=["what", "of", "numbers", "size", "last used"], disable_numparse=True)
+    total = format_bytes(sum(one.bytes for one in found))
+    return f"{table}\n{total} in {kept_folder()}. To delete it: resnet-finetune reuse --clear"
+
+
+def clear_kept(unused: float = 0.0) -> str:
+    """Delete what was not used for so many days; return a sentence that says what is gone."""
+    found = list_kept(unused=unused)
+    gone = [one for one in found if clear(one)]
+    busy = f" {len(found) - len(gone)} are being made just now and stay." if len(gone) < len(found) else ""
+    return f"Deleted {len(gone)} of {len(found)}: {format_bytes(sum(one.bytes for one in gone))} are free again.{busy}"
 
 
 def format_bytes(number: float) -> str:

@@ -1,11 +1,13 @@
 """Networks by name or dotted path, the input that timm says they expect, and how layers start."""
 
+import copy
+
 import pytest
 import timm
 import torch
 from torch import nn
 
-from finetune.backbones import create_model, import_path, initialise, input_spec_of
+from finetune.backbones import checkpoint_gradients, create_model, import_path, initialise, input_spec_of
 from finetune.boundaries import Boundaries
 from finetune.errors import ConfigError
 from finetune.stages import split_head
@@ -135,3 +137,38 @@ def test_kaiming_is_that_of_torch_and_default_changes_nothing():
         assert torch.equal(layer.weight, torch.ones(64))
         assert torch.equal(layer.bias, torch.zeros(64))
     assert (model[1].momentum, model[1].eps, model[2].eps) == (0.03, 1e-3, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "test_resnet", "mobilenetv2_100", "test_vit"])
+def test_checkpointed_gradients_change_neither_gradients_nor_statistics(name):
+    torch.manual_seed(0)
+    plain = create_model(name, 3).train()
+    size = input_spec_of(plain).size if "vit" in name else 64
+    spare = copy.deepcopy(plain)
+    checkpoint_gradients(spare, size)
+    images = torch.rand(4, 3, size, size)
+    for network in (plain, spare):
+        for _ in range(2):
+            network(images).square().sum().backward()
+    for (parameter, wanted), found in zip(plain.named_parameters(), spare.parameters(), strict=True):
+        torch.testing.assert_close(
+            found.grad, wanted.grad, rtol=1e-4, atol=1e-4 * float(wanted.grad.abs().max()), msg=parameter
+        )
+    for (buffer, wanted), found in zip(plain.named_buffers(), spare.buffers(), strict=True):
+        if "num_batches" not in buffer:
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5, msg=buffer)
+
+
+def test_what_was_counted_twice_is_known():
+    network = create_model("resnet10t", 3)
+    momenta = {name: m.momentum for name, m in network.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    checkpoint_gradients(network, 64)
+    changed = {name for name, m in network.named_modules() if isinstance(m, nn.BatchNorm2d) and m.momentum != momenta[name]}
+    assert "bn1" not in changed  # the stem runs once
+    assert "layer2.0.bn1" in changed
+    assert network.layer2[0].bn1.momentum == pytest.approx(1 - 0.9**0.5)
+
+
+def test_a_network_that_cannot_checkpoint_gradients():
+    with pytest.raises(ConfigError, match=r"Linear cannot checkpoint gradients: set model\.grad_checkpointing"):
+        checkpoint_gradients(nn.Linear(3, 3), 8)

@@ -41,6 +41,7 @@ ORDER = [
     "weight_list",
     "weights",
     "checkpoints",
+    "fold",
     "loading",
     "reuse",
     "positioned",

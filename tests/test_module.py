@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from finetune import CheckpointError, ConfigError, DataError, FinetuneModule
 from finetune.freezing import plan
+from finetune.reuse import Kept
 
 
 class Pictures(Dataset):
@@ -293,3 +294,23 @@ def test_fast_dev_run_takes_one_batch_of_the_first_phase(tmp_path):
     model = module(freezing="lp_ft")
     trainer(tmp_path, fast_dev_run=True).fit(model, loader(), loader())
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {"head.weight", "head.bias"}
+
+
+def test_a_compiled_backbone_is_the_same_and_can_still_be_cut(tmp_path):
+    plain, compiled = (
+        FinetuneModule("test_resnet", num_classes=3, weights="none", freezing="last:1", compile=backend)
+        for backend in (None, "eager")
+    )
+    compiled.load_state_dict(plain.state_dict())
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    batches = [{"image": images, "label": torch.tensor([0, 1, 2, 0]), "index": torch.arange(4)}] * 2
+    for model in (plain, compiled):
+        L.seed_everything(0, verbose=False)
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+        L.Trainer(max_epochs=1, **quiet).fit(model, torch.utils.data.DataLoader(batches, batch_size=None))
+    for (name, wanted), found in zip(plain.state_dict().items(), compiled.state_dict().values(), strict=True):
+        torch.testing.assert_close(found, wanted, msg=name)
+    compiled.eval()
+    whole = compiled.features(images)
+    cut = Kept(compiled.lower(images, "layer2"), "layer2")
+    torch.testing.assert_close(compiled.features(cut), whole)

@@ -71,3 +71,26 @@ def test_optimizer_mistakes():
         build_optimizer("adamww", groups, 0.9, None)
     with pytest.raises(ConfigError, match="no_such_option"):
         build_optimizer("sgd", groups, 0.9, {"no_such_option": 1})
+
+
+@pytest.mark.parametrize(("name", "options"), [("sgd", {}), ("adamw", {}), ("adamw", {"amsgrad": True}), ("adam", {})])
+def test_fused_updates_are_those_of_the_plain_optimizer(name, options):
+    found = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        layer = nn.Linear(5, 4)
+        group = {"params": list(layer.parameters()), "lr": 0.1, "weight_decay": 0.01}
+        optimizer = build_optimizer(name, [group], 0.9, options, fused=fused)
+        assert bool(optimizer.param_groups[0].get("fused")) is fused
+        for step in range(5):
+            layer(torch.full((2, 5), float(step))).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(layer.weight.detach())
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
+def test_other_optimizers_and_an_explicit_choice_are_left_alone():
+    group = {"params": [nn.Parameter(torch.ones(2))], "lr": 0.1}
+    assert build_optimizer("lion", [dict(group)], 0.9, None).param_groups[0].get("fused") is None
+    assert not build_optimizer("sgd", [dict(group)], 0.9, {"fused": False}).param_groups[0]["fused"]

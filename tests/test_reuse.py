@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 from finetune.folders import Picture
 from finetune.loading import PictureDataset
-from finetune.reuse import frozen_copy, keep, pictures_key, weights_hash
+from finetune.reuse import keep, pictures_key, weights_hash
 from finetune.store import Store
 from finetune.transforms import InputSpec, eval_transform, random_crop
 
@@ -100,7 +99,3 @@ def test_the_hash_of_weights_follows_names_shapes_kinds_and_values():
 
 def test_half_precision_is_hashed_too():
     assert weights_hash({"a": torch.ones(3, dtype=torch.bfloat16)}) != weights_hash({"a": torch.zeros(3, dtype=torch.bfloat16)})
-
-
-def test_counters_are_no_part_of_a_frozen_network():
-    assert set(frozen_copy(nn.BatchNorm2d(2))) == {"weight", "bias", "running_mean", "running_var"}

@@ -1,0 +1,209 @@
+"""Training on what was kept is training on the pictures; and nothing is kept that a change made wrong."""
+
+import os
+import shutil
+
+import lightning as L
+import pytest
+import torch
+
+from finetune import ConfigError, FinetuneModule, FolderDataModule
+from finetune.sample import digits_folder
+from finetune.store import clear, list_kept
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*Found .* module.s. in eval mode")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder of 3 digits: 80 pictures to train with, 40 to validate with."""
+    root = tmp_path_factory.mktemp("photos")
+    for split, number in (("train", 27), ("val", 13)):
+        for digit in "012":
+            target = root / split / digit
+            target.mkdir(parents=True)
+            for path in sorted((digits_folder() / split / digit).iterdir())[:number]:
+                shutil.copy2(path, target)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _own_store(tmp_path, monkeypatch):
+    monkeypatch.setattr("finetune.store.kept_folder", lambda: tmp_path / "kept")
+
+
+class Watch(L.Callback):
+    """What the network was fed, and what came out."""
+
+    def __init__(self):
+        self.losses, self.fed, self.val = [], [], []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.losses.append(outputs["loss"].detach().clone())
+        self.fed.append("kept" if "kept" in batch else "image")
+
+    def on_validation_end(self, trainer, pl_module):
+        self.val.append(float(trainer.callback_metrics["val/loss"]))
+
+
+def fit(root, *, epochs=2, data=None, seed=0, **options):
+    options = {"weights": "none", "freezing": "head", "lr": 0.05, **options}
+    L.seed_everything(seed, verbose=False)
+    model = FinetuneModule("test_resnet", num_classes=3, **options)
+    folder = FolderDataModule(root, **{"batch_size": 16, "image_size": 32, "augment": "none", "workers": 0, **(data or {})})
+    watch = Watch()
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    L.Trainer(max_epochs=epochs, callbacks=[watch], num_sanity_val_steps=0, **quiet).fit(model, folder)
+    return watch, model
+
+
+@pytest.mark.parametrize(
+    ("freezing", "epochs", "kept"),
+    [("head", 2, 10), ("last:1", 2, 10), ("last:3", 1, 5), ("gradual", 6, 25), ("lp_ft:1", 2, 5), ("surgical:layer4", 1, 5)],
+)
+def test_losses_are_those_of_a_run_on_the_pictures(photos, capsys, freezing, epochs, kept):
+    plain, plain_model = fit(photos, epochs=epochs, freezing=freezing)
+    first, first_model = fit(photos, epochs=epochs, freezing=freezing, data={"reuse": "exact"})
+    assert "computed once" in capsys.readouterr().out
+    assert first.fed == ["kept"] * kept + ["image"] * (len(plain.losses) - kept)
+    torch.testing.assert_close(torch.stack(first.losses), torch.stack(plain.losses), rtol=0, atol=1e-4)
+    assert first.val == pytest.approx(plain.val, abs=1e-4)
+    for name, value in plain_model.state_dict().items():
+        torch.testing.assert_close(first_model.state_dict()[name], value, rtol=0, atol=1e-4)
+
+    second, second_model = fit(photos, epochs=epochs, freezing=freezing, data={"reuse": "exact"})
+    assert "computed once" not in capsys.readouterr().out
+    assert torch.equal(torch.stack(second.losses), torch.stack(first.losses))
+    assert second.val == first.val
+    assert all(torch.equal(value, second_model.state_dict()[name]) for name, value in first_model.state_dict().items())
+
+
+def test_a_second_run_does_not_read_the_pictures(photos, tmp_path):
+    root = shutil.copytree(photos, tmp_path / "copy")
+    first, _ = fit(root, data={"reuse": "exact"})
+    for path in root.glob("*/*/*.png"):
+        status = path.stat()
+        path.write_bytes(bytes(status.st_size))  # no picture any more, but as large and as old
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    example = next((root / "train" / "0").iterdir())
+    assert example.read_bytes().strip(b"\0") == b""
+    second, _ = fit(root, data={"reuse": "exact"}, lr=0.01)  # another rate: a sweep costs no pass through the backbone
+    assert torch.equal(second.losses[0], first.losses[0])
+    assert not torch.equal(second.losses[1], first.losses[1])
+
+
+def touch_a_picture(root):
+    path = sorted((root / "train" / "1").iterdir())[0]
+    other = sorted((root / "train" / "2").iterdir())[0]
+    path.write_bytes(other.read_bytes())
+
+
+CHANGES = {
+    "nothing": ({}, {}, None, 0),
+    "a picture": ({}, {}, touch_a_picture, 1),  # of the training split, so validation is as before
+    "the weights": ({"seed": 1}, {}, None, 2),
+    "the input size": ({}, {"image_size": 40}, None, 2),
+    "the transform": ({}, {"augment": "light", "reuse": "views:1"}, None, 1),
+    "the stage": ({"freezing": "last:1"}, {}, None, 2),
+    "the kind of number": ({}, {"reuse_dtype": "float16"}, None, 2),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_change_makes_wrong_is_computed_again(photos, tmp_path, capsys, change):
+    root = shutil.copytree(photos, tmp_path / "copy")
+    options, data, act, again = CHANGES[change]
+    fit(root, epochs=1, data={"reuse": "exact"})
+    if act:
+        act(root)
+    capsys.readouterr()
+    watch, _ = fit(root, epochs=1, data={"reuse": "exact", **data}, **options)
+    assert capsys.readouterr().out.count("computed once") == again
+    plain, _ = fit(root, epochs=1, data={**data, "reuse": "off"}, **options)
+    if change not in ("the transform", "the kind of number"):
+        torch.testing.assert_close(torch.stack(watch.losses), torch.stack(plain.losses), rtol=0, atol=1e-4)
+
+
+def test_views_take_turns(photos):
+    class Feed(Watch):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.setdefault(trainer.current_epoch, {}).update(zip(batch["index"].tolist(), batch["kept"].clone(), strict=True))
+
+    seen = {}
+    L.seed_everything(0, verbose=False)
+    model = FinetuneModule("test_resnet", num_classes=3, weights="none", freezing="head")
+    data = FolderDataModule(photos, batch_size=8, image_size=32, augment="medium", workers=0, reuse="views:2")
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    L.Trainer(max_epochs=4, callbacks=[Feed()], num_sanity_val_steps=0, **quiet).fit(model, data)
+    common = set.intersection(*(set(epoch) for epoch in seen.values()))
+    assert len(common) > 60
+    for index in common:
+        a, b, c, d = (seen[epoch][index] for epoch in range(4))
+        assert torch.equal(a, c)
+        assert torch.equal(b, d)
+        assert not torch.equal(a, b)
+    assert len(list_kept()) == 3  # two views to train with, and the validation pictures
+
+
+def test_half_precision_takes_half_the_room(photos):
+    plain, _ = fit(photos)
+    half, _ = fit(photos, data={"reuse": "exact", "reuse_dtype": "float16"})
+    torch.testing.assert_close(torch.stack(half.losses), torch.stack(plain.losses), rtol=0, atol=5e-3)
+    bytes_of = {one.about["pictures"].split()[0]: one.folder.joinpath("rows").stat().st_size for one in list_kept()}
+    assert bytes_of["train"] == 81 * 96 * 2
+
+
+def test_above_the_budget_pictures_are_read(photos, capsys):
+    plain, _ = fit(photos, freezing="last:1", epochs=1)
+    capsys.readouterr()
+    watch, _ = fit(photos, freezing="last:1", epochs=1, data={"reuse": "exact", "reuse_budget": 1e-6})
+    assert "above data.reuse_budget (1.0 kB)" in capsys.readouterr().out
+    assert watch.fed == ["image"] * 5
+    assert torch.equal(torch.stack(watch.losses), torch.stack(plain.losses))
+    assert list_kept() == []
+
+
+def test_two_heads_share_what_is_kept(photos, capsys):
+    fit(photos, data={"reuse": "exact"})
+    capsys.readouterr()
+    fit(photos, data={"reuse": "exact"}, label_smoothing=0.1, optimizer="adamw", freezing="lp_ft:1")
+    assert "computed once" not in capsys.readouterr().out
+    assert all(clear(one) for one in list_kept())
+
+
+@pytest.mark.parametrize(
+    ("options", "data", "message"),
+    [
+        ({}, {"reuse": "exact", "augment": "light"}, r"augment none, or data\.reuse views:8"),
+        ({}, {"reuse": "exakt"}, r"Did you mean 'exact'"),
+        ({}, {"reuse": "views"}, "Expected off, exact or views:K"),
+        ({}, {"reuse": "views:0"}, "Expected off, exact or views:K"),
+        ({"freezing": "full"}, {"reuse": "exact"}, "model.freezing full even the first stage changes"),
+        ({"freezing": "norm"}, {"reuse": "exact"}, "model.freezing norm even the first stage changes"),
+        ({"bn": "train"}, {"reuse": "exact"}, "BatchNorm statistics of all stages move"),
+    ],
+)
+def test_where_it_would_be_wrong_it_refuses(photos, options, data, message):
+    with pytest.raises(ConfigError, match=message):
+        fit(photos, data=data, **options)
+
+
+def test_a_module_that_knows_no_stages(photos):
+    class Plain(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(3, 3)
+
+        def training_step(self, batch, index):
+            return self.layer(batch["image"].float().mean((2, 3))).sum()
+
+        def validation_step(self, batch, index):
+            pass
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    data = FolderDataModule(photos, batch_size=16, image_size=32, augment="none", workers=0, reuse="exact")
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    with pytest.raises(ConfigError, match="needs a FinetuneModule, found Plain"):
+        L.Trainer(max_epochs=1, limit_val_batches=0, **quiet).fit(Plain(), data)
