@@ -14,8 +14,8 @@ from finetune.version import __version__
 if TYPE_CHECKING:
     from finetune.boundaries import Boundaries as Boundaries
     from finetune.data import FolderDataModule as FolderDataModule
-    from finetune.distill import DistillDataModule as DistillDataModule
     from finetune.distill import DistillModule as DistillModule
+    from finetune.distill_data import DistillDataModule as DistillDataModule
     from finetune.errors import CheckpointError as CheckpointError
     from finetune.errors import ConfigError as ConfigError
     from finetune.errors import DataError as DataError
@@ -32,7 +32,7 @@ _HOME = {
     "CheckpointError": "errors",
     "ConfigError": "errors",
     "DataError": "errors",
-    "DistillDataModule": "distill",
+    "DistillDataModule": "distill_data",
     "DistillModule": "distill",
     "FinetuneError": "errors",
     "FinetuneModule": "module",

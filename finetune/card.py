@@ -13,6 +13,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from finetune.errors import ConfigError, WeightsError
+from finetune.transforms import InputSpec
 from finetune.weight_files import sha256_of
 
 KEY = "resnet-finetune"
@@ -49,3 +51,32 @@ def read_card(path: Path) -> dict[str, Any]:
     except (safetensors.SafetensorError, ValueError, OSError):
         return {}
     return card if isinstance(card, dict) else {}
+
+
+def input_on(card: Mapping[str, Any], path: Path) -> dict[str, Any] | None:
+    """Return the input that weights with this card expect, as plain values; None if the card does not say.
+
+    Raises:
+        WeightsError: If the card says something that is no input.
+    """
+    fields = card.get("input")
+    if fields is None:
+        return None
+    try:
+        InputSpec.from_plain(fields)
+    except (ConfigError, TypeError, KeyError, ValueError) as error:
+        raise WeightsError(
+            f"The card in '{path}' does not describe an input: expected size, mean, std, interpolation and crop under 'input', "
+            f"found {fields!r}. Write the file again with its card as it was, or without one."
+        ) from error
+    return dict(fields)
+
+
+def describe(card: Mapping[str, Any]) -> str:
+    """Return in a few words what weights are; empty if the card does not say.
+
+    >>> describe({"teacher": {"name": "tf_efficientnet_lite0"}, "input": {"size": 96}})
+    'distilled from tf_efficientnet_lite0 at 96 px'
+    """
+    teacher, size = (card.get("teacher") or {}).get("name"), (card.get("input") or {}).get("size")
+    return "" if teacher is None else f"distilled from {teacher}" + (f" at {size} px" if size else "")

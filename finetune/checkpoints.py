@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from finetune.errors import CheckpointError, WeightsError, did_you_mean
 from finetune.transforms import InputSpec
 from finetune.version import __version__
 from finetune.weight_files import read_file
-from finetune.weights import Report
+from finetune.weight_report import Report
 
 if TYPE_CHECKING:
     from finetune.module import FinetuneModule
@@ -60,8 +60,15 @@ def adopt(checkpoint: Mapping[str, Any], module: FinetuneModule) -> None:
         refuse_other_options(checkpoint.get("hyper_parameters", {}), module.hparams)
     module.class_names = names or mine
     module.weights_report = Report.from_dict(stamped["weights"])
-    if getattr(getattr(trainer, "datamodule", None), "input_spec", None) is None:  # nobody else says what pictures come in
-        module.input_spec = InputSpec(**{**stamped["input"], **{k: tuple(stamped["input"][k]) for k in ("mean", "std")}})
+    spec = stamped_input(checkpoint)
+    if getattr(getattr(trainer, "datamodule", None), "input_spec", None) is not None:  # which says how pictures come in
+        spec = replace(module.input_spec, mean=spec.mean, std=spec.std)
+    module.expect(spec)
+
+
+def stamped_input(checkpoint: Mapping[str, Any]) -> InputSpec:
+    """Return the input that a checkpoint of a `FinetuneModule` was trained with."""
+    return InputSpec.from_plain(checkpoint[KEY]["input"])
 
 
 def refuse_other_classes(checkpoint: Mapping[str, Any], module: FinetuneModule) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,12 +24,17 @@ PROBE_SECONDS = 4.0  # how long the hub may take to answer, with name resolution
 
 
 def available(backbone_name: str) -> bool:
-    """Say within seconds whether `auto` would find weights here and now: in the cache, or on a hub that answers."""
+    """Say within seconds whether a backbone's weights are in the cache, or on a hub that answers."""
     try:
         cfg = pretrained_cfg(backbone_name)
     except WeightsError:
         return False
-    return cached_file(cfg) is not None or _answers(_address(cfg))
+    return cached_file(cfg) is not None or answers_for(cfg)
+
+
+def answers_for(cfg: PretrainedCfg) -> bool:
+    """Say within seconds whether the server that holds the weights answers."""
+    return _answers(_address(cfg))
 
 
 def pretrained_cfg(name: str) -> PretrainedCfg:
@@ -96,8 +102,13 @@ def _answers(address: str) -> bool:
     return bool(status) and status[0] < 500 and status[0] not in (403, 407)  # which is how a proxy says no
 
 
-def download(cfg: PretrainedCfg, name: str) -> Path:
+def download(cfg: PretrainedCfg, name: str, remedies: Sequence[str] = ()) -> Path:
     """Fetch the file of the weights into the cache.
+
+    Args:
+        cfg: The description of the weights.
+        name: The backbone.
+        remedies: What else the user can do if that fails.
 
     Raises:
         WeightsError: If the hub does not answer in time or the download fails; the message names the remedies.
@@ -105,19 +116,21 @@ def download(cfg: PretrainedCfg, name: str) -> Path:
     reason = (
         "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{_address(cfg)} does not answer within {PROBE_SECONDS:g} s"
     )
-    if _answers(_address(cfg)):
+    if answers_for(cfg):
         try:
             return _fetch(cfg)
         except Exception as error:  # see _answers
             reason = f"the download failed: {type(error).__name__}: {error}".partition("\n")[0]
     repository, _, _ = (cfg.hf_hub_id or "").partition("@")
     place = Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}") if repository else _torch_cache(cfg)
-    raise WeightsError(
-        f"The pretrained weights of {name} are not on this machine, and {reason}. Do one of these:"
-        f"\n  - run once on a machine with network and copy what appears there in its cache to '{place}'"
-        f"\n  - copy any {FILES} file with weights of {name} here and set {OPTION} FILE"
-        f"\n  - set {OPTION} none to start from random values"
-    )
+    remedies = [
+        *remedies,
+        f"run once on a machine with network and copy what appears there in its cache to '{place}'",
+        f"copy any {FILES} file with weights of {name} here and set {OPTION} FILE",
+        f"set {OPTION} none to start from random values",
+    ]
+    listing = "".join(f"\n  - {remedy}" for remedy in remedies)
+    raise WeightsError(f"The hub's weights of {name} are not on this machine, and {reason}. Do one of these:{listing}")
 
 
 def _fetch(cfg: PretrainedCfg) -> Path:

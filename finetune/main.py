@@ -25,6 +25,7 @@ OWN_VERBS = {
     "distill": "teach a backbone what another one knows, on pictures without labels",
     "predict": "name the class of pictures: a checkpoint and a folder -> a CSV file",
     "stages": "show the stages of a backbone",
+    "weights": "list the weights that are there for a backbone, here and now",
     "recipes": "list the recipes, or copy one to edit it",
     "reuse": "list what was computed once and is kept for later runs, or clear it",
 }
@@ -73,6 +74,8 @@ def _dispatch(words: list[str]) -> None:
         _recipes(words[1:])
     elif verb == "stages":
         _stages(words[1:])
+    elif verb == "weights":
+        _weights(words[1:])
     elif verb == "predict":
         _predict(words[1:])
     elif verb == "reuse":
@@ -82,7 +85,7 @@ def _dispatch(words: list[str]) -> None:
             sys.path.insert(0, os.getcwd())  # a user's own classes: --model my_module.MyModule
         from finetune.training import run
 
-        run(_as_fit(words[1:]) if verb == "distill" else words)
+        run(_as_fit(words[1:]) if verb == "distill" else words, called=verb)
     else:
         known = [*TRAINER_VERBS, *OWN_VERBS]
         _leave(f"There is no verb '{verb}'.{did_you_mean(verb, known)} Expected one of: {', '.join(known)}.")
@@ -143,6 +146,19 @@ def _stages(words: Sequence[str]) -> None:
     from finetune.boundaries import stage_table
 
     print(stage_table(options.backbone, options.num_classes, options.input))
+
+
+def _weights(words: Sequence[str]) -> None:
+    parser = _Parser(
+        prog="resnet-finetune weights",
+        description="List the weights that are there here and now (cached, hub, bundled, package), and what to type.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("backbone", nargs="?", help="a timm model name; without one, all weights on this machine")
+    options = parser.parse_args(words)
+    from finetune.weight_list import weights_table
+
+    print(weights_table(options.backbone))
 
 
 def _reuse(words: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -34,6 +35,7 @@ from finetune.reuse import Kept, weights_hash
 from finetune.schedules import ScheduleName
 from finetune.stages import HEAD, Stage, norm_parameters, split_head
 from finetune.timetable import Timetable, build_timetable, run_length
+from finetune.transforms import InputSpec
 from finetune.weights import load_weights
 
 BatchNormMode = Literal["auto", "frozen", "train"]
@@ -48,7 +50,8 @@ class FinetuneModule(L.LightningModule):
         num_classes: Number of classes. The command takes it from the data.
         class_names: Their names in the order of the labels. The command, and a trainer, take them from the data.
         backbone_args: Further arguments of the backbone, such as {drop_rate: 0.2, drop_path_rate: 0.1}.
-        weights: Where the weights come from: auto, hub, none, a .safetensors or .pth file, or a checkpoint of this toolkit.
+        weights: Where the weights come from: auto (hub, else bundled, else package), hub, bundled, package, none, a
+            .safetensors or .pth file, or a checkpoint of this toolkit.
         partial_weights: Accept a weights file that does not fill the whole backbone; what is missing starts random.
         init: How layers start that no weights fill: default (the backbone's own way) or kaiming (He et al. 2015, fan-out).
         freezing: What trains when: full, head, last:N, gradual[:K], lp_ft[:LENGTH], surgical:STAGES, norm, or a list of phases.
@@ -146,14 +149,22 @@ class FinetuneModule(L.LightningModule):
         self.metrics = nn.ModuleDict(
             {f"{split}_metrics": build_metrics(split, num_classes) for split in ("train", "val", "test")}
         )
-        self.register_buffer("mean", torch.tensor(self.input_spec.mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(self.input_spec.std).view(1, 3, 1, 1), persistent=False)
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.empty(1, 3, 1, 1), persistent=False)
+        said = self.weights_report.input
+        self.expect(self.input_spec if said is None else InputSpec.from_plain(said))
         if memory_format == "auto":
             memory_format = "contiguous" if torch.backends.mps.is_available() else "channels_last"
         self.memory_layout = torch.channels_last if memory_format == "channels_last" else torch.contiguous_format
         self.to(memory_format=self.memory_layout)
 
     # ---------------------------------------------------------------------------------------------- pictures to logits
+
+    def expect(self, spec: InputSpec) -> None:
+        """Take over the input that the weights expect, with the mean and standard deviation that `normalise` uses."""
+        self.input_spec = spec
+        for buffer, values in ((self.mean, spec.mean), (self.std, spec.std)):
+            buffer.copy_(torch.tensor(values).view(1, 3, 1, 1))
 
     def normalise(self, images: Tensor) -> Tensor:
         """Bring pictures to what the weights expect.
@@ -208,6 +219,11 @@ class FinetuneModule(L.LightningModule):
         return F.cross_entropy(logits, labels, label_smoothing=smoothing)
 
     # --------------------------------------------------------------------------------------------------------- stages
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the head is one to predict classes with."""
+        return True
 
     @property
     def stage_names(self) -> list[str]:
@@ -358,7 +374,9 @@ class FinetuneModule(L.LightningModule):
         """Take class names and input size from the data; work out the phases of the run."""
         data = getattr(self.trainer, "datamodule", None)
         self.class_names = list(getattr(data, "classes", None) or []) or self.class_names
-        self.input_spec = getattr(data, "input_spec", None) or self.input_spec
+        said = getattr(data, "input_spec", None)
+        if said is not None:  # normalisation is of the weights, whoever says the size
+            self.input_spec = replace(said, mean=self.input_spec.mean, std=self.input_spec.std)
         if stage == "fit":
             if self.hparams["compile"]:
                 self.backbone.compile(backend=self.hparams["compile"])

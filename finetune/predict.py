@@ -129,6 +129,11 @@ def predict_to_csv(
     if topk < 1 or batch_size < 1:
         raise ConfigError(f"Expected --topk and --batch_size to be at least 1, found {topk} and {batch_size}.")
     model = load_model(checkpoint).to(_device(device))
+    if not model.classifies:
+        raise ConfigError(
+            f"The head of {checkpoint} was not trained, so it names no classes: expected a run that was trained on classes, or "
+            "distilled with --model.logits_weight above 0. Train a head on it with: fit --model.weights CHECKPOINT"
+        )
     total = len(find_pictures(pictures))
     rows = predict(model, pictures, topk=topk, batch_size=batch_size, workers=workers)
     failed = _write(tqdm(rows, total=total, unit="picture", disable=None), target, min(topk, model.hparams["num_classes"]))

@@ -24,23 +24,28 @@ from finetune.arguments import resolve
 from finetune.callbacks import EpochLine, PhaseEarlyStopping
 from finetune.defaults import RunOptions, trainer_defaults
 from finetune.errors import ConfigError
-from finetune.hub import available
 from finetune.module import FinetuneModule
 from finetune.parser import Parser, instantiate, own_errors
 from finetune.runs import CHECKPOINTS, CONFIG, RESUMED_CONFIG, AtomicCheckpointIO, RunLogger, new_run, run_of
 from finetune.sample import BUILT_IN
 from finetune.usage import help_text
 from finetune.version import __version__
+from finetune.weight_sources import obtainable
 
 
-def run(words: list[str]) -> None:
-    """Run a verb: `fit`, `validate` or `test` and its options."""
+def run(words: list[str], called: str | None = None) -> None:
+    """Run a verb: `fit`, `validate` or `test` and its options.
+
+    Args:
+        words: The verb and its options.
+        called: The verb that the user typed, if it is another name for one of these.
+    """
     if {"-h", "--help"} & set(words):
-        print(help_text(words[0]))
+        print(help_text(called or words[0]))
         return
     words = ["--help" if word == "--help_all" else word for word in words]
     typed = {word.partition("=")[0] for word in words}
-    words = resolve(words)
+    words = _with_default_classes(resolve(words))
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)  # devices found, tips, where checkpoints were loaded from
     with warnings.catch_warnings(), own_errors():
@@ -61,6 +66,18 @@ def run(words: list[str]) -> None:
             save_config_kwargs={"overwrite": True},
             args=words,
         )
+
+
+def _with_default_classes(words: list[str]) -> list[str]:
+    """Put our classes before the options, where anything that follows can replace them.
+
+    As defaults of the parser they would come with the values of all their options, and jsonargparse hands those on to a class
+    that replaces them and has options of the same names, as if somebody had chosen them.
+
+    >>> _with_default_classes(["fit", "--data", "theirs.Data"])[-2:]
+    ['--data', 'theirs.Data']
+    """
+    return [*words[:1], "--model", "finetune.FinetuneModule", "--data", "finetune.FolderDataModule", *words[1:]]
 
 
 _STRICT = {"allow_abbrev": False}
@@ -109,10 +126,8 @@ class FinetuneCLI(LightningCLI):
         super().__init__(*args, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the run's options, the default classes, and the link from the data's classes to the model."""
+        """Add the run's options and the link from the data's classes to the model."""
         parser.add_class_arguments(RunOptions, "run")
-        parser.set_defaults({"model": {"class_path": "finetune.FinetuneModule"}})
-        parser.set_defaults({"data": {"class_path": "finetune.FolderDataModule"}})
         parser.link_arguments("data", "model.init_args.num_classes", compute_fn=_num_classes, apply_on="instantiate")
         parser.link_arguments("data", "model.init_args.class_names", compute_fn=_class_names, apply_on="instantiate")
 
@@ -147,7 +162,7 @@ class FinetuneCLI(LightningCLI):
         if self.resumes is not None:
             self._given_weights = options["weights"]
             config.model.init_args.weights = "none"  # the checkpoint brings them
-        elif options["weights"] == "auto" and root in BUILT_IN and not available(options["backbone"]):
+        elif options["weights"] == "auto" and root in BUILT_IN and not obtainable(options["backbone"]):
             self._start_random(config.model.init_args)
 
     def _look_into(self, checkpoint: Path, config: Any) -> None:
@@ -164,6 +179,7 @@ class FinetuneCLI(LightningCLI):
         """Let the saved configuration say what was given, not what a resumed run made of it."""
         if self.resumes is not None and isinstance(self.model, FinetuneModule):
             checkpoints.require_own(self.stored, self.resumes)
+            self.model.expect(checkpoints.stamped_input(self.stored))  # the data ask for it before Lightning loads the rest
         if self._given_weights is not None:
             self.config[self.subcommand].model.init_args.weights = self._given_weights
 
@@ -174,7 +190,7 @@ class FinetuneCLI(LightningCLI):
             if f"--model.{name}" not in self.typed:
                 options[name] = value
         rank_zero_print(
-            f"\n*** No pretrained weights for {options.backbone} can be had: not in the cache, and the hub does not answer.\n"
+            f"\n*** No pretrained weights for {options.backbone} can be had: none came along, and the hub does not answer.\n"
             "*** As this is only the built-in data, training starts from RANDOM weights, and everything trains instead of\n"
             "*** what the recipe freezes. For your own pictures give weights: --model.weights FILE (docs/weights.md)\n"
         )
@@ -282,7 +298,7 @@ class FinetuneCLI(LightningCLI):
         run = _relative(self.run_folder)
         kept = [*self.run_folder.glob("*.*"), *(self.run_folder / CHECKPOINTS).glob("*.ckpt")]
         rank_zero_print(f"files  {run}/  ({', '.join(sorted(str(path.relative_to(self.run_folder)) for path in kept))})")
-        if isinstance(self.model, FinetuneModule):
+        if isinstance(self.model, FinetuneModule) and self.model.classifies:
             rank_zero_print(f"next   resnet-finetune predict {shlex.quote(str(run))} PICTURES --out predictions.csv")
 
     def _has_test(self) -> bool:

@@ -7,7 +7,7 @@ All randomness comes from torch's global generator, so a caller that seeds it pe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -50,6 +50,15 @@ class InputSpec:
             raise ConfigError(f"Expected a crop above 0 and up to 1 (the share of the shorter side), found {self.crop}.")
         if self.interpolation not in ("bilinear", "bicubic"):
             raise ConfigError(f"Expected the interpolation 'bilinear' or 'bicubic', found '{self.interpolation}'.")
+
+    @classmethod
+    def from_plain(cls, fields: Mapping[str, Any]) -> InputSpec:
+        """Restore a description that was kept as plain values, as in a checkpoint or on a card.
+
+        >>> InputSpec.from_plain(dict(size=96, mean=[0.5] * 3, std=[0.5] * 3, interpolation="bilinear", crop=0.875)).mean
+        (0.5, 0.5, 0.5)
+        """
+        return cls(**{**fields, **{name: tuple(float(x) for x in fields[name]) for name in ("mean", "std")}})
 
     @classmethod
     def default(cls) -> InputSpec:

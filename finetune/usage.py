@@ -1,4 +1,4 @@
-"""The help of `fit`, `validate` and `test`."""
+"""The help of `fit`, `validate`, `test` and `distill`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from jsonargparse import ArgumentParser
 
 from finetune.data import FolderDataModule
 from finetune.defaults import RunOptions, trainer_defaults
+from finetune.distill import DistillModule
+from finetune.distill_data import DistillDataModule
 from finetune.module import FinetuneModule
 
 
@@ -17,11 +19,12 @@ def help_text(verb: str) -> str:
     """Return the options that matter, with what they mean; Lightning's own help hides those of model and data.
 
     Args:
-        verb: `fit`, `validate` or `test`.
+        verb: `fit`, `validate`, `test` or `distill`.
     """
+    distills = verb == "distill"
     parser = ArgumentParser(
         prog=f"resnet-finetune {verb}",
-        usage=f"resnet-finetune {verb} [--config RECIPE] [--data.root FOLDER] [OPTIONS]",
+        usage=f"resnet-finetune {verb} [--config RECIPE] [{'--data.pictures' if distills else '--data.root'} FOLDER] [OPTIONS]",
         description="Every option can also stand in a YAML file, as in the recipes. --model CLASS and --data CLASS take "
         "classes of your own.",
         epilog=f"All options of Lightning's Trainer: resnet-finetune {verb} --help_all",
@@ -32,8 +35,8 @@ def help_text(verb: str) -> str:
     )
     parser.add_argument("--seed_everything", type=int, default=0, help="seed of all that is random but the split")
     parser.add_class_arguments(RunOptions, "run")
-    parser.add_class_arguments(FolderDataModule, "data")
-    parser.add_class_arguments(FinetuneModule, "model", skip={"num_classes", "class_names"})
+    parser.add_class_arguments(DistillDataModule if distills else FolderDataModule, "data")
+    parser.add_class_arguments(DistillModule if distills else FinetuneModule, "model", skip={"num_classes", "class_names"})
     shown = {"max_epochs", "max_steps", "accelerator", "devices", "precision", "fast_dev_run", "gradient_clip_val"}
     shown |= {"accumulate_grad_batches", "limit_train_batches"}
     hidden: set[Any] = set(inspect.signature(L.Trainer.__init__).parameters) - shown - {"self"}

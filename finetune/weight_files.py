@@ -19,6 +19,8 @@ from torch import Tensor
 from finetune.errors import WeightsError, did_you_mean
 
 OPTION = "--model.weights"
+NAMED = ("auto", "hub", "bundled", "package", "none")
+"""The sources that are no file."""
 FILES = ".safetensors, .pth, .pt, .bin or .ckpt"
 _NESTS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")  # as in timm, averaged weights come first
 
@@ -52,9 +54,9 @@ def require_file(source: str) -> Path:
         raise WeightsError(
             f"Expected a file with weights, found the folder '{source}'.{held} Give {OPTION} the path of a file."
         )
-    hint = did_you_mean(path.name, [*beside, "auto", "hub", "none"])
+    hint = did_you_mean(path.name, [*beside, *NAMED])
     where = "" if folder.is_dir() else f" The folder '{folder}' does not exist."
-    raise WeightsError(f"There is no file '{source}'.{hint}{where} Expected auto, hub, none or the path of a {FILES} file.")
+    raise WeightsError(f"There is no file '{source}'.{hint}{where} Expected {', '.join(NAMED)} or the path of a {FILES} file.")
 
 
 def read_file(path: Path) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """Where the weights of a network come from, and what of them was used.
 
-    auto   timm's pretrained weights: from the local cache, otherwise from the hub, otherwise an error that names the remedies
-    hub    the same, for as long as auto knows no further place
-    none   random values
-    FILE   .safetensors, .pth, .pt or .bin with the names of timm or torchvision, or a .ckpt of this toolkit
+    auto     the first of hub, bundled and package that has some, otherwise an error that names the remedies
+    hub      timm's pretrained weights: from the local cache, otherwise from the hub if it answers within seconds
+    bundled  what comes along with this package
+    package  what an installed package brings
+    none     random values
+    FILE     .safetensors, .pth, .pt or .bin with the names of timm or torchvision, or a .ckpt of this toolkit
 
 Nothing is lost silently: a source must fit completely unless the user accepts less, and a `Report` says what was kept, dropped
 and missing. Code inside a file is never run. A source that is refused leaves the network as it was.
@@ -11,96 +13,23 @@ and missing. Code inside a file is never run. A source that is refused leaves th
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import timm
-import torch
 from torch import Tensor, nn
 
 from finetune.errors import WeightsError
-from finetune.hub import cached_file, download, pretrained_cfg
 from finetune.stages import HEAD, Stage
-from finetune.weight_files import OPTION, read_file, require_file, sha256_of, tensors_of
+from finetune.weight_files import OPTION, sha256_of
+from finetune.weight_report import Report, grouped
+from finetune.weight_sources import open_source
 
 _WRAPPERS = ("module", "_orig_mod", "model", "backbone")
 _COUNTER = "num_batches_tracked"  # of BatchNorm; older files lack it, and nothing is computed from it by default
-
-
-@dataclass(frozen=True)
-class Report:
-    """What was used of a source of weights. Names are those of the backbone where it has the tensor, otherwise of the source.
-
-    Attributes:
-        source: file, hub, checkpoint or none.
-        location: The path, or the repository or address that the hub's file came from.
-        sha256: Of the file.
-        kept: Number of the backbone's tensors that were filled, counters of BatchNorm aside.
-        dropped: Tensors of the source that were not used, among them those of another shape.
-        missing: Tensors of the backbone that were not filled, among them those of another shape: they stay random.
-        reshaped: Tensors that were used after a change of shape.
-        head: `new` or `from the weights`.
-        untrained: The stages with a missing tensor: freezing one of them would freeze random values.
-    """
-
-    source: str
-    location: str | None
-    sha256: str | None
-    kept: int
-    dropped: tuple[str, ...]
-    missing: tuple[str, ...]
-    reshaped: tuple[str, ...]
-    head: str
-    untrained: tuple[str, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values, fit for a checkpoint."""
-        fields = dataclasses.asdict(self)
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> Report:
-        """Restore what `as_dict` returned."""
-        values: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in fields.items()}
-        return cls(**values)
-
-    def summary(self) -> str:
-        """Return a text of a few lines for the console."""
-        if self.source == "none":
-            return "weights: none, the whole network starts from random values"
-        total = self.kept + len(self.missing)
-        lines = [
-            f"weights: {self.source} {self.location} (sha256 {(self.sha256 or '')[:12]})",
-            f"  kept {self.kept} of {total} tensors of the backbone; the head is {self.head}",
-        ]
-        if self.missing:
-            lines += [
-                f"  missing {len(self.missing)}: {_grouped(self.missing)}",
-                f"    they start from random values, so {', '.join(self.untrained)} should train and not be frozen",
-            ]
-        if self.dropped:
-            lines.append(f"  dropped {len(self.dropped)}: {_grouped(self.dropped)} (in the source, but not used)")
-        if self.reshaped:
-            lines.append(f"  reshaped {len(self.reshaped)}: {_grouped(self.reshaped)}")
-        return "\n".join(lines)
-
-
-@dataclass
-class _Source:
-    """Tensors and where they come from."""
-
-    kind: str
-    location: str
-    path: Path
-    tensors: dict[str, Tensor]
-    others: list[str] = field(default_factory=list)  # tensors of a checkpoint that belong to neither backbone nor head
-    same_classes: bool = True
 
 
 @dataclass
@@ -131,7 +60,7 @@ def load_weights(
     Args:
         backbone: The network without its classifier, with random weights.
         head: The linear layer on its features.
-        source: `auto`, `hub`, `none` or a path, see the module's text.
+        source: `auto`, `hub`, `bundled`, `package`, `none` or a path, see the module's text.
         backbone_name: The name that the backbone was created by.
         classifier: The name of the layer that was taken off, such as `fc`.
         stages: The stages of the backbone.
@@ -146,7 +75,7 @@ def load_weights(
     if source == "none":
         names = tuple(name for name in wanted if not name.endswith(_COUNTER))
         return Report("none", None, None, 0, (), names, (), "new", tuple(stage.name for stage in stages))
-    opened = _open(source, backbone_name, backbone_options or {}, class_names)
+    opened = open_source(source, backbone_name, backbone_options or {}, class_names)
     found = _unwrapped(opened.tensors, wanted)
     stem = next((name for name, p in backbone.named_parameters() if p.ndim == 4), "")
     match = _match(found, wanted, stem)
@@ -169,29 +98,9 @@ def load_weights(
         reshaped=tuple(match.reshaped),
         head="from the weights" if keep_head else "new",
         untrained=tuple(stage.name for stage in stages if any(_inside(name, stage) for name in match.missing)),
+        input=opened.input,
+        note=opened.note,
     )
-
-
-def _open(source: str, backbone_name: str, options: Mapping[str, Any], class_names: Sequence[str] | None) -> _Source:
-    if source in ("auto", "hub"):
-        # bundled weights, once there are any, belong here: `auto` would take them when this raises
-        return _from_hub(backbone_name, options)
-    path = require_file(source)
-    raw = read_file(path)
-    tensors = tensors_of(raw, path)
-    hyper_parameters = raw.get("hyper_parameters")
-    trained = hyper_parameters.get("backbone") if isinstance(hyper_parameters, Mapping) else None
-    ours = {name: tensor for name, tensor in tensors.items() if name.startswith(("backbone.", f"{HEAD}."))}
-    if trained is None or not ours:
-        return _Source("file", str(path), path, tensors)
-    if trained != backbone_name:
-        raise WeightsError(
-            f"The checkpoint '{path}' holds a '{trained}', but the model is a '{backbone_name}'. Set --model.backbone "
-            f"{trained}, or give {OPTION} another file."
-        )
-    known = (raw.get("finetune") or {}).get("class_names")
-    same_classes = not known or not class_names or list(known) == list(class_names)
-    return _Source("checkpoint", str(path), path, ours, [name for name in tensors if name not in ours], same_classes)
 
 
 def _unwrapped(found: Mapping[str, Tensor], wanted: Iterable[str]) -> dict[str, Tensor]:
@@ -275,10 +184,10 @@ def _refusal(match: _Match, found: Mapping[str, Tensor], wanted: Mapping[str, Te
     absent = [n for n in match.missing if n not in match.unlike]
     shapes = [f"{n} {both}" for n, both in match.unlike.items()]
     parts = [
-        f"{len(absent)} missing: {_grouped(absent)}" if absent else "",
-        f"{len(match.unused)} unexpected: {_grouped(match.unused)}" if match.unused else "",
+        f"{len(absent)} missing: {grouped(absent)}" if absent else "",
+        f"{len(match.unused)} unexpected: {grouped(match.unused)}" if match.unused else "",
         f"{len(shapes)} of another shape (found for expected): {'; '.join(shapes[:6])}" if shapes else "",
-        f"and {len(shapes) - 6} more: {_grouped(match.unlike)}" if len(shapes) > 6 else "",
+        f"and {len(shapes) - 6} more: {grouped(match.unlike)}" if len(shapes) > 6 else "",
     ]
     accept = "To use what fits and start the rest from random values, set --model.partial_weights true." if match.use else ""
     listing = [f"  {part}" for part in parts if part]
@@ -286,41 +195,8 @@ def _refusal(match: _Match, found: Mapping[str, Tensor], wanted: Mapping[str, Te
     return "\n".join([opening, *listing, *([accept] if accept else [])])
 
 
-def _from_hub(name: str, options: Mapping[str, Any]) -> _Source:
-    """Let timm load its own file into a second network: it knows how the names and shapes in its files have to be changed."""
-    cfg = pretrained_cfg(name)
-    path = cached_file(cfg) or download(cfg, name)
-    overlay = {"file": str(path), "custom_load": False}
-    arguments: dict[str, Any] = {"pretrained_cfg_overlay": overlay, "num_classes": cfg.num_classes, **options}
-    try:
-        with torch.random.fork_rng(devices=[]):  # a seeded run must not depend on where the weights came from
-            model = timm.create_model(name, pretrained=True, **arguments)
-    except Exception as error:  # a damaged file, or options that change shapes: timm passes on whatever torch raises
-        reason = str(error).partition("\n")[0][:200] or type(error).__name__
-        raise WeightsError(
-            f"The pretrained weights of {name} in '{path}' could not be loaded with {dict(options) or 'its defaults'}: "
-            f"{reason}. If the file is damaged, delete it so that it is downloaded again; else give {OPTION} another file."
-        ) from error
-    return _Source("hub", cfg.hf_hub_id or str(cfg.url), path, model.state_dict())
-
-
 def _inside(name: str, stage: Stage) -> bool:
     return name in stage.parameters or name.startswith(tuple(f"{module}." for module in stage.modules))
-
-
-def _grouped(names: Iterable[str]) -> str:
-    """List names; many of them by what they begin with.
-
-    >>> _grouped([f"layer4.0.conv{i}.weight" for i in range(7)] + ["blocks.6.0.conv.bias", "fc.bias"])
-    'layer4 (7), blocks.6 (1), fc (1)'
-    """
-    names = list(names)
-    if len(names) <= 6:
-        return ", ".join(names)
-    starts = [re.match(r"[^.]*[^.\d]\.\d+(?=\.)|[^.]+", name) for name in names]
-    groups = Counter(start[0] if start else "" for start in starts)
-    listed = [f"{name} ({number})" for name, number in list(groups.items())[:10]]
-    return ", ".join(listed) + (f" and {len(groups) - 10} more groups" if len(groups) > 10 else "")
 
 
 def _shape(tensor: Tensor) -> str:

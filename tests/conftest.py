@@ -6,6 +6,10 @@ import socket
 import tempfile
 
 import pytest
+import timm
+import torch
+
+from finetune.card import write_weights
 
 VARIABLE = "RESNET_FINETUNE_CACHE"
 
@@ -41,3 +45,28 @@ def empty_caches(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     return tmp_path
+
+
+INPUT = {"size": 48, "mean": [0.5, 0.4, 0.3], "std": [0.25, 0.5, 0.125], "interpolation": "bicubic", "crop": 0.75}
+
+
+@pytest.fixture
+def bundled(tmp_path, monkeypatch):
+    """Let one backbone come along, `test_resnet` in half precision with an input of its own; return the network it is from."""
+    folder = tmp_path / "bundled"
+    folder.mkdir()
+    torch.manual_seed(5)
+    origin = timm.create_model("test_resnet", num_classes=0)
+    for parameter in origin.parameters():
+        parameter.data = parameter.data.half().float()  # so that nothing is lost in the file
+    card = {"architecture": "test_resnet", "input": INPUT, "teacher": {"name": "a_teacher"}}
+    write_weights(folder / "test_resnet.safetensors", origin.state_dict(), card, torch.float16)
+    monkeypatch.setattr("finetune.bundled_weights.FOLDER", folder)
+    return origin.eval()
+
+
+@pytest.fixture
+def offline(empty_caches, monkeypatch):
+    """Nothing is cached, and the hub is not asked."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return empty_caches

@@ -35,7 +35,7 @@ def test_help_names_every_verb_and_its_examples_name_no_other(capsys, words):
     main(words)
     said = capsys.readouterr().out
     verbs = re.findall(r"^  (\w+)  +\S", said.partition("verbs:")[2].partition("examples:")[0], re.MULTILINE)
-    assert verbs == ["fit", "validate", "test", "predict", "stages", "recipes"]
+    assert verbs == ["fit", "validate", "test", "distill", "predict", "stages", "weights", "recipes", "reuse"]
     assert set(re.findall(r"^  resnet-finetune (\w+)", said, re.MULTILINE)) <= set(verbs)
     for verb in verbs:
         try:
@@ -51,8 +51,8 @@ def test_the_script_of_a_checkout_is_the_command(tmp_path):
     assert (version.returncode, version.stdout) == (0, f"resnet-finetune {finetune.__version__}\n")
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr == (
-        "error: There is no verb 'recipe'. Did you mean 'recipes'? Expected one of: fit, validate, test, predict, stages, "
-        "recipes.\n"
+        "error: There is no verb 'recipe'. Did you mean 'recipes'? Expected one of: fit, validate, test, distill, predict, "
+        "stages, weights, recipes, reuse.\n"
     )
 
 
@@ -136,6 +136,7 @@ def test_stages_of_a_backbone(capsys):
             "There is no option '--over'.",
         ),  # no abbreviations: they break when options are added
         (["stages"], "the following arguments are required: backbone"),
+        (["weights", "--offlin"], "There is no option '--offlin'."),
         (["recipes", "--copy", "small"], "argument --copy: expected 2 arguments"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

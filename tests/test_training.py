@@ -185,6 +185,35 @@ def test_users_own_module_and_data_module(tmp_path, capsys):
     assert "Did you mean 'MyModule'?" in capsys.readouterr().err
 
 
+THEIRS = """
+import lightning as L
+
+
+class Theirs(L.LightningDataModule):
+    num_classes = 2
+
+    def __init__(self, batch_size: int = 7, augment: str = "mine", val_fraction: float = 0.5):
+        super().__init__()
+        raise SystemExit(f"made with {batch_size} {augment} {val_fraction}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "made"),
+    [
+        (["--data", "theirs_data.Theirs"], "7 mine 0.5"),
+        (["--config", "theirs.yaml"], "7 mine 0.25"),
+        (["--data.batch_size", "9", "--data", "theirs_data.Theirs"], "9 mine 0.5"),
+        (["--data", "theirs_data.Theirs", "--data.batch_size", "9"], "9 mine 0.5"),
+    ],
+)
+def test_another_class_has_its_own_defaults(tmp_path, words, made):
+    (tmp_path / "theirs_data.py").write_text(THEIRS)
+    (tmp_path / "theirs.yaml").write_text("data:\n  class_path: theirs_data.Theirs\n  init_args:\n    val_fraction: 0.25\n")
+    with pytest.raises(SystemExit, match=f"^made with {made}$"):
+        main(["fit", *words, *TINY[:4]])
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

@@ -14,6 +14,7 @@ from finetune.errors import WeightsError
 from finetune.hub import available
 from finetune.stages import split_head
 from finetune.weight_files import sha256_of
+from finetune.weight_report import Report
 from finetune.weights import load_weights
 
 pytestmark = pytest.mark.usefixtures("empty_caches")
@@ -401,6 +402,9 @@ def test_none_leaves_the_network_as_it_is():
 def test_report_fits_into_a_checkpoint(tmp_path):
     torch.save({n: t for n, t in trained().state_dict().items() if not n.startswith("layer4")}, tmp_path / "w.pth")
     plain = make()[2](tmp_path / "w.pth", partial=True).as_dict()
-    assert {type(value) for value in plain.values()} <= {str, int, list}
+    assert {type(value) for value in plain.values()} <= {str, int, list, type(None)}
     torch.save(plain, tmp_path / "report.pth")
     assert torch.load(tmp_path / "report.pth", weights_only=True) == plain
+    assert Report.from_dict(plain).as_dict() == plain
+    older = {name: value for name, value in plain.items() if name not in ("input", "note")}  # as checkpoints have it so far
+    assert Report.from_dict(older).as_dict() == plain
