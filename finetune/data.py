@@ -91,7 +91,7 @@ class FolderDataModule(PositionedDataModule):
         workers: int | None = None,
         eval_batch_size: int | None = None,
         decoded: int | None = None,
-        reuse: str = "off",
+        reuse: str | bool = "off",
         reuse_dtype: ReuseType = "float32",
         reuse_budget: float = 20.0,
     ) -> None:
@@ -107,7 +107,8 @@ class FolderDataModule(PositionedDataModule):
         self.workers = workers
         self.decoded = decoded
         self._check_options(eval_batch_size)
-        self.reuse = Reuse.parse(reuse, reuse_dtype, reuse_budget, random=augment != "none")
+        off = reuse is False  # how YAML reads the word
+        self.reuse = Reuse.parse("off" if off else reuse, reuse_dtype, reuse_budget, random=augment != "none")
         self.input_spec = self._resized(InputSpec.default())
 
     def _check_options(self, eval_batch_size: int | None) -> None:

@@ -106,11 +106,11 @@ class Reuse:
     budget: float
 
     @classmethod
-    def parse(cls, text: str, dtype: ReuseType, gigabytes: float, random: bool) -> Reuse | None:
+    def parse(cls, option: str | bool, dtype: ReuseType, gigabytes: float, random: bool) -> Reuse | None:
         """Read the option `reuse`: off, exact or views:K.
 
         Args:
-            text: The option.
+            option: The option.
             dtype: See the attributes.
             gigabytes: The budget.
             random: Whether training pictures vary at random.
@@ -118,6 +118,7 @@ class Reuse:
         Raises:
             ConfigError: If it is none of these, or exact where pictures vary.
         """
+        text = str(option)
         name, _, number = text.partition(":")
         if text == "off":
             return None

@@ -163,7 +163,7 @@ class FinetuneCLI(LightningCLI):
             self._given_weights = options["weights"]
             config.model.init_args.weights = "none"  # the checkpoint brings them
         elif options["weights"] == "auto" and root in BUILT_IN and not obtainable(options["backbone"]):
-            self._start_random(config.model.init_args)
+            self._start_random(config.model.init_args, config.data.get("init_args") or {})
 
     def _look_into(self, checkpoint: Path, config: Any) -> None:
         """Read a checkpoint before anything is built or written, and say what will be continued."""
@@ -183,9 +183,11 @@ class FinetuneCLI(LightningCLI):
         if self._given_weights is not None:
             self.config[self.subcommand].model.init_args.weights = self._given_weights
 
-    def _start_random(self, options: Any) -> None:
-        """Fall back to random weights, on the built-in data only; nothing random may stay frozen."""
+    def _start_random(self, options: Any, data: Any) -> None:
+        """Fall back to random weights, on the built-in data only; nothing random may stay frozen, so nothing can be kept."""
         options.weights = "none"
+        if "reuse" in data and "--data.reuse" not in self.typed:
+            data["reuse"] = "off"
         for name, value in {"freezing": "full", "bn": "train", "lr_decay": 1.0}.items():
             if f"--model.{name}" not in self.typed:
                 options[name] = value

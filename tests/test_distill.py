@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from scipy.special import log_softmax
 
-from finetune import ConfigError, DistillDataModule, DistillModule, FinetuneModule
+from finetune import ConfigError, DistillModule, FinetuneModule
 from finetune.main import main
 from finetune.sample import digits_folder
 from finetune.weight_files import sha256_of
@@ -51,11 +51,6 @@ def pictures(folder, number=12, size=(40, 40)):
     for index in range(number):
         Image.fromarray(generator.integers(0, 256, (*size, 3), np.uint8)).save(folder / f"{index:02}.png")
     return folder
-
-
-def data_of(folder, **options):
-    given = {"teacher": "test_resnet", "teacher_size": 32, "image_size": 32, "views": 2, "workers": 0, "val_fraction": 0.25}
-    return DistillDataModule(str(folder), **{**given, **options})
 
 
 # -- the loss -----------------------------------------------------------------------------------------------------------------

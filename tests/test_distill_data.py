@@ -11,7 +11,6 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from finetune import DistillDataModule
-from finetune.sample import digits_folder
 from finetune.transforms import InputSpec
 
 
@@ -20,11 +19,6 @@ def _working_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RESNET_FINETUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(sys, "path", [*sys.path])
-
-
-@pytest.fixture(scope="session")
-def digits():
-    return digits_folder()
 
 
 def teacher_file(folder, seed=1):
