@@ -11,38 +11,33 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import Any, Literal
 
-import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics import MetricCollection
 
 from finetune import checkpoints
 from finetune.backbones import checkpoint_gradients, create_model, initialise, input_spec_of
-from finetune.boundaries import Boundaries
 from finetune.errors import DataError
-from finetune.fold import folded
-from finetune.freezing import Phase, frozen_line, hold_frozen, phase_at, plan, set_trainable
+from finetune.freezing import Phase, phase_at, plan
 from finetune.metrics import build_metrics
 from finetune.optim import StageRates, build_groups, build_optimizer
 from finetune.options import check_options
 from finetune.randomness import global_seed, seed_of
-from finetune.reuse import Kept, weights_hash
+from finetune.reuse import Kept
 from finetune.schedules import ScheduleName
-from finetune.stages import HEAD, Stage, norm_parameters, split_head
+from finetune.staged import StagedModule
+from finetune.stages import split_head
 from finetune.timetable import Timetable, build_timetable, run_length
 from finetune.transforms import InputSpec
 from finetune.weights import load_weights
 
 BatchNormMode = Literal["auto", "frozen", "train"]
-_DUMMY = 64  # pixels of the blank picture that passes the stages below a cut
 
 
-class FinetuneModule(L.LightningModule):
+class FinetuneModule(StagedModule):
     """Fine-tune a backbone for image classification.
 
     Args:
@@ -82,10 +77,6 @@ class FinetuneModule(L.LightningModule):
         WeightsError: If the weights cannot be had or do not fit.
     """
 
-    mean: Tensor
-    std: Tensor
-    _phase: Phase | None = None
-    _hashed: tuple[str, Phase | None, str] | None = None
     timetable: Timetable | None = None
 
     def __init__(
@@ -158,55 +149,12 @@ class FinetuneModule(L.LightningModule):
         self.memory_layout = torch.channels_last if memory_format == "channels_last" else torch.contiguous_format
         self.to(memory_format=self.memory_layout)
 
-    # ---------------------------------------------------------------------------------------------- pictures to logits
+    # ---------------------------------------------------------------------------------------------------------- steps
 
-    def expect(self, spec: InputSpec) -> None:
-        """Take over the input that the weights expect, with the mean and standard deviation that `normalise` uses."""
-        self.input_spec = spec
-        for buffer, values in ((self.mean, spec.mean), (self.std, spec.std)):
-            buffer.copy_(torch.tensor(values).view(1, 3, 1, 1))
-
-    def normalise(self, images: Tensor) -> Tensor:
-        """Bring pictures to what the weights expect.
-
-        Args:
-            images: (N, 3, H, W), uint8, or float in [0, 1].
-
-        Raises:
-            DataError: If float pictures leave [0, 1], as they do when they were normalised before.
-        """
-        if images.dtype == torch.uint8:
-            return images.to(self.mean.dtype, memory_format=self.memory_layout).div_(255).sub_(self.mean).div_(self.std)
-        low, high = (float(x) for x in images.aminmax())
-        if not (low >= -0.1 and high <= 1.1):  # resizing with bicubic overshoots a little
-            raise DataError(
-                f"Expected pictures as uint8, or as float between 0 and 1; found float between {low:.3g} and {high:.3g}. "
-                "The module applies mean and standard deviation itself: leave Normalize out of your transforms."
-            )
-        return images.sub(self.mean).div_(self.std).contiguous(memory_format=self.memory_layout)
-
-    def features(self, images: Tensor | Kept) -> Tensor:
-        """Map pictures (N, 3, H, W), or what was kept of them, to what the head sees (N, C)."""
-        if isinstance(images, Kept):
-            activation = images.activation.to(self.mean.dtype)
-            return self.boundaries.upper(activation, images.stage).flatten(1)
-        return self.backbone(self.normalise(images)).flatten(1)  # type: ignore[no-any-return]
-
-    def lower(self, images: Tensor, stage: str) -> Tensor:
-        """Run pictures (N, 3, H, W) through the stages up to and including one: → what the next stage gets."""
-        return self.boundaries.lower(self.normalise(images), stage)
-
-    def folded_lower(self) -> Callable[[Tensor, str], Tensor]:
-        """Return `lower` of a copy of the backbone in eval mode with BatchNorm folded: quicker, equal up to rounding."""
-        example = torch.zeros(2, 3, *2 * [self.boundaries.size], dtype=torch.uint8, device=self.device)
-        example.random_(generator=torch.Generator(self.device).manual_seed(0))
-        copy = folded(self.backbone, self.normalise(example)).to(memory_format=self.memory_layout)
-        cuts = Boundaries(copy, self.stages, self.boundaries.size)
-        return lambda images, stage: cuts.lower(self.normalise(images), stage)
-
-    def forward(self, images: Tensor | Kept) -> Tensor:
-        """Map pictures (N, 3, H, W), uint8 or float in [0, 1], to logits (N, num_classes)."""
-        return self.head(self.features(images))  # type: ignore[no-any-return]
+    @property
+    def classifies(self) -> bool:
+        """Whether the head is one to predict classes with."""
+        return True
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the mean cross-entropy; label smoothing applies in training only.
@@ -218,27 +166,6 @@ class FinetuneModule(L.LightningModule):
         smoothing = self.hparams["label_smoothing"] if self.training else 0.0
         return F.cross_entropy(logits, labels, label_smoothing=smoothing)
 
-    # --------------------------------------------------------------------------------------------------------- stages
-
-    @property
-    def classifies(self) -> bool:
-        """Whether the head is one to predict classes with."""
-        return True
-
-    @property
-    def stage_names(self) -> list[str]:
-        """Names of all stages in the order of the network, the head last."""
-        return [*(stage.name for stage in self.stages), HEAD]
-
-    def stage_parameters(self) -> dict[str, list[str]]:
-        """Map each stage to the names of its parameters; what a subclass added beside them goes by its attribute's name."""
-        members = {stage.name: [f"backbone.{name}" for name in stage.parameters] for stage in self.stages}
-        placed = {name for names in members.values() for name in names}
-        for name, _ in self.named_parameters():
-            if name not in placed:
-                members.setdefault(name.partition(".")[0], []).append(name)
-        return members
-
     def param_groups(self) -> list[dict[str, Any]]:
         """Return the optimizer groups, one per stage and kind of weight decay, each with its own rate in it."""
         options = StageRates(
@@ -248,70 +175,6 @@ class FinetuneModule(L.LightningModule):
             weight_decay=self.hparams["weight_decay"],
         )
         return build_groups(dict(self.named_parameters()), self.stage_parameters(), self.stage_names, options)
-
-    def apply_phase(self, phase: Phase) -> None:
-        """Let the stages of a phase train and freeze the others: their weights, gradients and statistics stay as they are."""
-        self._set_trainable(phase)
-        self._phase = phase
-        self.train(self.training)
-
-    @property
-    def phase(self) -> Phase | None:
-        """The freezing phase that training is in; None outside of training."""
-        return self._phase
-
-    @cached_property
-    def boundaries(self) -> Boundaries:
-        """The places where the backbone can be cut."""
-        return Boundaries(self.backbone, self.stages, self._dummy_size)
-
-    @property
-    def _dummy_size(self) -> int:
-        fixed = hasattr(self.backbone, "patch_embed")  # a transformer takes pictures of one size only
-        return self.input_spec.size if fixed else _DUMMY
-
-    def frozen_line(self, phase: Phase) -> str | None:
-        """Return the last stage up to which nothing changes during a phase, or None if even the first one does."""
-        moving = [stage.name for stage in self.stages if self._has_batchnorm(stage)] if self.hparams["bn"] == "train" else []
-        return frozen_line(phase, [stage.name for stage in self.stages], moving)
-
-    def _has_batchnorm(self, stage: Stage) -> bool:
-        parts = (part for outer in stage.modules for part in self.backbone.get_submodule(outer).modules())
-        return any(isinstance(part, _BatchNorm) for part in parts)
-
-    def why_nothing_is_frozen(self) -> str:
-        """Return the reason, for a message, why no phase has stages up to which nothing changes."""
-        if self.hparams["bn"] == "train" and self.hparams["freezing"] != "full":
-            return "with model.bn train the BatchNorm statistics of all stages move"
-        return f"with model.freezing {self.hparams['freezing']} even the first stage changes"
-
-    def frozen_hash(self, stage: str) -> str:
-        """Return a hash of all that the stages up to one depend on: their weights and the normalisation of pictures."""
-        if self._hashed is None or self._hashed[:2] != (stage, self._phase):
-            names = [s.name for s in self.stages]
-            modules = [name for s in self.stages[: names.index(stage) + 1] for name in s.modules]
-            tensors = {"mean": self.mean, "std": self.std} | {
-                name: tensor
-                for name, tensor in self.backbone.state_dict().items()
-                if any(name.startswith(f"{module}.") for module in modules) and not name.endswith("num_batches_tracked")
-            }
-            self._hashed = stage, self._phase, f"{type(self.backbone).__qualname__} {weights_hash(tensors)}"
-        return self._hashed[2]
-
-    def _set_trainable(self, phase: Phase) -> None:
-        named = self.stage_parameters()
-        members = {stage: [name for name in named[stage] if name not in self._never_trained] for stage in self.stage_names}
-        set_trainable(self, phase, members, {f"backbone.{name}" for name in norm_parameters(self.backbone)})
-
-    def train(self, mode: bool = True) -> FinetuneModule:
-        """Set the mode of the module; frozen stages stay in eval mode, whoever calls this."""
-        super().train(mode)
-        if mode and self._phase is not None:
-            hold_frozen(self.backbone, self.stages, self._phase, self.hparams["bn"])
-            self.head.train(HEAD in self._phase.train)
-        return self
-
-    # ---------------------------------------------------------------------------------------------------------- steps
 
     def unpack(self, batch: Any) -> tuple[Tensor | Kept, Tensor]:
         """Return pictures and labels of a batch: a mapping with `image` (or `kept` and `stage`) and `label`, or a pair."""
@@ -381,7 +244,7 @@ class FinetuneModule(L.LightningModule):
             if self.hparams["compile"]:
                 self.backbone.compile(backend=self.hparams["compile"])
             phases = plan(self.hparams["freezing"], self.stage_names, run_length(self.trainer))
-            self._phase = None
+            self._phase = self._hashed = None
             self.train()
             everything = Phase(tuple(self.stage_names), False, 0, 1)
             self._set_trainable(phases[0] if len(phases) == 1 else everything)  # what may thaw must be known to DDP

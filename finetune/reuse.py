@@ -164,7 +164,7 @@ class ReuseLoader:
         self.pictures, self.reuse, self.trainer, self.split = pictures, reuse, trainer, split
         self.dataset = cast(PictureDataset, pictures.dataset)
         self._labels = torch.tensor([picture.label for picture in self.dataset.pictures])
-        self._served: tuple[str, int, Rows] | None = None
+        self._served: tuple[Any, Rows] | None = None
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -188,12 +188,13 @@ class ReuseLoader:
     def _rows(self, stage: str, epoch: int) -> Rows | None:
         views = self.reuse.views if self.dataset.seed is not None else 0
         view = epoch % views if views else 0
-        if self._served is None or self._served[:2] != (stage, view):
+        now = self.trainer.lightning_module.phase, stage, view  # a later phase may freeze what was trained meanwhile
+        if self._served is None or self._served[0] != now:
             rows = frozen_rows(self.trainer, self.dataset, stage, view, self.reuse, self.split, self.pictures.num_workers)
             if rows is None:
                 return None
-            self._served = stage, view, rows
-        return self._served[2]
+            self._served = now, rows
+        return self._served[1]
 
 
 def pinned(tensor: Tensor) -> Tensor:

@@ -38,6 +38,10 @@ class Stage:
     modules: tuple[str, ...]
     parameters: tuple[str, ...]
 
+    def holds(self, tensor: str) -> bool:
+        """Say whether a parameter or buffer of the backbone belongs to the stage."""
+        return tensor in self.parameters or tensor.startswith(tuple(f"{module}." for module in self.modules))
+
 
 @dataclass(frozen=True)
 class Classifier:

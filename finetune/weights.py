@@ -97,7 +97,7 @@ def load_weights(
         missing=tuple(match.missing),
         reshaped=tuple(match.reshaped),
         head="from the weights" if keep_head else "new",
-        untrained=tuple(stage.name for stage in stages if any(_inside(name, stage) for name in match.missing)),
+        untrained=tuple(stage.name for stage in stages if any(stage.holds(name) for name in match.missing)),
         input=opened.input,
         note=opened.note,
     )
@@ -193,10 +193,6 @@ def _refusal(match: _Match, found: Mapping[str, Tensor], wanted: Mapping[str, Te
     listing = [f"  {part}" for part in parts if part]
     opening = f"The weights in {where} do not fit {name}. Expected all of its tensors and no others, found"
     return "\n".join([opening, *listing, *([accept] if accept else [])])
-
-
-def _inside(name: str, stage: Stage) -> bool:
-    return name in stage.parameters or name.startswith(tuple(f"{module}." for module in stage.modules))
 
 
 def _shape(tensor: Tensor) -> str:

@@ -47,6 +47,7 @@ ORDER = [
     "reuse",
     "positioned",
     "data",
+    "staged",
     "module",
     "runs",
     "arguments",

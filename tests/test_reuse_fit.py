@@ -207,3 +207,24 @@ def test_a_module_that_knows_no_stages(photos):
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     with pytest.raises(ConfigError, match="needs a FinetuneModule, found Plain"):
         L.Trainer(max_epochs=1, limit_val_batches=0, **quiet).fit(Plain(), data)
+
+
+def test_a_later_phase_freezes_what_was_trained_meanwhile(photos):
+    phases = [{"train": "head", "epochs": 1}, {"train": "full", "epochs": 1}, {"train": "head", "epochs": 1}]
+    plain, _ = fit(photos, epochs=3, freezing=phases, lr=0.01)
+    kept, _ = fit(photos, epochs=3, freezing=phases, lr=0.01, data={"reuse": "exact"})
+    assert kept.fed == ["kept"] * 5 + ["image"] * 5 + ["kept"] * 5
+    torch.testing.assert_close(torch.stack(kept.losses), torch.stack(plain.losses), rtol=0, atol=1e-4)
+    assert abs(float(plain.losses[0] - plain.losses[-1])) > 1e-2  # training moved what is frozen in the end
+
+
+def test_the_same_module_with_other_weights_is_another(photos, capsys):
+    data = {"batch_size": 16, "image_size": 32, "augment": "none", "workers": 0, "reuse": "exact"}
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    model = FinetuneModule("test_resnet", num_classes=3, weights="none", freezing="head")
+    for times in range(2):
+        capsys.readouterr()
+        L.Trainer(max_epochs=1, num_sanity_val_steps=0, **quiet).fit(model, FolderDataModule(photos, **data))
+        assert capsys.readouterr().out.count("computed once") == 2, times
+        with torch.no_grad():
+            model.backbone.layer1[0].conv1.weight.add_(0.1)
