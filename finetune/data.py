@@ -35,7 +35,7 @@ from finetune.transforms import Augmentation, InputSpec, eval_transform, train_t
 Batch = dict[str, Tensor]
 
 _FEW = 64  # below this number of pictures, starting processes takes longer than reading
-_BUILT_IN_SIZE = 32
+_BUILT_IN_SIZE = 64
 _NOT_TRUE_HERE = (
     r"The '\w+_dataloader' does not have many workers",  # their number follows from cores and pictures, or was asked for
     r"You're resuming from a checkpoint that ended before the epoch ended",  # the sampler goes on where it ended
@@ -52,7 +52,7 @@ class FolderDataModule(PositionedDataModule):
         10
         >>> batch = next(iter(data.val_dataloader()))
         >>> batch["image"].shape, batch["image"].dtype
-        (torch.Size([16, 3, 32, 32]), torch.uint8)
+        (torch.Size([16, 3, 64, 64]), torch.uint8)
 
     Args:
         root: A folder, arranged as <class>/<picture> or {train,val,test}/<class>/<picture>, or `digits`, which is built in
@@ -60,7 +60,7 @@ class FolderDataModule(PositionedDataModule):
         batch_size: Pictures per training step and device.
         augment: How much training pictures vary: none, light (crops of 60 to 100 %), medium (30 to 100 %, colours) or strong
             (20 to 100 %, TrivialAugment, erased rectangles).
-        image_size: Height and width in pixels. By default what the weights expect, and 32 for the built-in digits.
+        image_size: Height and width in pixels. By default what the weights expect, and 64 for the built-in digits.
         hflip: Whether mirror images are the same class. By default yes, and no for the built-in digits.
         val_fraction: Share of each class to validate with, if the folder has no validation split.
         test_fraction: Share of each class to test with, if the folder has no test split.

@@ -171,3 +171,16 @@ def test_weights_of_a_run_keep_the_input_that_the_run_started_with(bundled, tmp_
     again = module(weights=checkpoint)
     assert again.weights_report.source == "checkpoint"
     assert again.input_spec == made.input_spec
+
+
+def test_the_resnet18_that_comes_along():
+    assert bundled_names() == ["resnet18"]
+    path = bundled_file("resnet18")
+    assert path.stat().st_size <= 25e6
+    card = json.loads(path.with_suffix(".json").read_text())
+    assert card["sha256"] == sha256_of(path)
+    assert {"teacher", "pictures", "settings", "made", "transfer", "licence"} <= set(card)
+    made = module("resnet18", weights="bundled")
+    assert made.weights_report.kept == 100
+    assert made.weights_report.missing == made.weights_report.dropped == ()
+    assert made.input_spec.size == card["transfer"]["input_size"]

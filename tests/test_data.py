@@ -155,7 +155,7 @@ def test_built_in_digits():
     assert data.input_spec.size == 32
     assert data.hflip is False
     batch = next(iter(data.test_dataloader()))
-    assert batch["image"].shape == (64, 3, 32, 32)
+    assert batch["image"].shape == (64, 3, 64, 64)
     assert FolderDataModule("digits", image_size=32, hflip=True).input_spec.size == 32
 
 

@@ -33,13 +33,16 @@ def commands(page):
     return [line.strip() for line in page.read_text().splitlines() if line.startswith("    resnet-finetune ")]
 
 
+@pytest.mark.usefixtures("offline")
 def test_readme_snippet_trains_and_tests(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (code,) = blocks(ROOT / "README.md", "python")
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
-    code = code.replace("resnet18", "test_resnet").replace("max_epochs=5", "max_epochs=1, limit_train_batches=2, logger=False")
+    code = code.replace("max_epochs=5", "max_epochs=2, limit_train_batches=2, limit_val_batches=2, logger=False")
     exec(compile(code, "README.md", "exec"), {})
-    assert "val/acc" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "val/acc" in said
+    assert "weights: bundled" in said
 
 
 def test_extending_guide_runs_as_written(tmp_path, monkeypatch):
