@@ -243,11 +243,10 @@ def frozen_rows(
                 f"data.reuse_budget ({format_bytes(reuse.budget)}): in this phase pictures are read instead"
             )
         return None
-    if not store.complete:
-        module.print(
-            f"reuse: {about['what']} is computed once for {len(dataset)} pictures ({split}): {format_bytes(store.bytes)}"
-        )
-        lower = module.lower if reuse.dtype == "float32" else module.folded_lower()  # float16 rounds anyway
+    if store.complete:
+        return store.rows()
+    module.print(f"reuse: {about['what']} is computed once for {len(dataset)} pictures ({split}): {format_bytes(store.bytes)}")
+    lower = module.lower if reuse.dtype == "float32" else module.folded_lower()  # float16 rounds anyway
 
     def compute(images: Tensor) -> Tensor:
         with trainer.precision_plugin.forward_context():

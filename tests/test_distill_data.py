@@ -126,3 +126,16 @@ def test_targets_are_the_features_of_the_teacher(tmp_path):
     assert rows.shape == (3, whole.shape[1], 2, 2)
     halves = [part.mean((2, 3)) for half in whole.chunk(2, 2) for part in half.chunk(2, 3)]
     torch.testing.assert_close(rows.flatten(2), torch.stack(halves, 2), rtol=2e-3, atol=2e-3)
+
+
+def test_features_that_hardly_ever_stir_are_not_blown_up(tmp_path, monkeypatch):
+    rows = np.random.default_rng(0).normal(5, 2, (64, 6, 1, 1)).astype(np.float16)
+    rows[:, 3] = 0
+    rows[7, 3] = 0.01
+    data = data_of(pictures(tmp_path / "p"), teacher_weights=teacher_file(tmp_path))
+    monkeypatch.setattr(data, "targets", lambda split, view: rows)
+    mean, std = data.scale
+    exact = rows.astype(np.float32).std(0, ddof=1)[:, 0, 0]
+    np.testing.assert_allclose(mean, rows.astype(np.float32).mean(0)[:, 0, 0], rtol=1e-5)
+    np.testing.assert_allclose(std[[0, 1, 2, 4, 5]], exact[[0, 1, 2, 4, 5]], rtol=1e-5)
+    assert float(std[3]) == pytest.approx(float(np.sort(exact)[2]) / 10, rel=1e-5)
