@@ -124,7 +124,7 @@ def test_a_run_on_built_in_data_uses_them_and_a_resumed_one_keeps_their_input(bu
     (run,) = (tmp_path / "runs" / "linear_probe").iterdir()
     restored = FinetuneModule.load_from_checkpoint(run / "checkpoints" / "last.ckpt")
     torch.testing.assert_close(restored.mean.flatten(), torch.tensor([0.5, 0.4, 0.3]))
-    assert restored.input_spec.size == 32  # as the data made them
+    assert restored.input_spec.size == 64  # as the data made them
     assert restored.weights_report.source == "bundled"
 
     sizes = []

@@ -152,7 +152,7 @@ def test_built_in_digits():
     assert data.classes == [str(digit) for digit in range(10)]
     assert [len(data.files(split)) for split in ("train", "val", "test")] == [1259, 269, 269]
     assert data.has_test
-    assert data.input_spec.size == 32
+    assert data.input_spec.size == 64
     assert data.hflip is False
     batch = next(iter(data.test_dataloader()))
     assert batch["image"].shape == (64, 3, 64, 64)
