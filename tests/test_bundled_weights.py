@@ -136,7 +136,7 @@ def test_a_run_on_built_in_data_uses_them_and_a_resumed_one_keeps_their_input(bu
 
     monkeypatch.setattr(FinetuneModule, "normalise", watched)
     main(["fit", "--ckpt_path", "last", "--trainer.max_epochs", "2"])
-    assert {(size, round(mean, 3)) for size, mean, *_ in sizes} == {(32, 0.5)}
+    assert {(size, round(mean, 3)) for size, mean, *_ in sizes} == {(64, 0.5)}
 
 
 def test_the_size_is_that_of_the_card_unless_the_data_say_another(bundled, tmp_path, monkeypatch):
