@@ -76,7 +76,7 @@ def describe(card: Mapping[str, Any]) -> str:
     """Return in a few words what weights are; empty if the card does not say.
 
     >>> describe({"teacher": {"name": "tf_efficientnet_lite0"}, "input": {"size": 96}})
-    'distilled from tf_efficientnet_lite0 at 96 px'
+    'distilled from tf_efficientnet_lite0, for pictures of 96 px'
     """
     teacher, size = (card.get("teacher") or {}).get("name"), (card.get("input") or {}).get("size")
-    return "" if teacher is None else f"distilled from {teacher}" + (f" at {size} px" if size else "")
+    return "" if teacher is None else f"distilled from {teacher}" + (f", for pictures of {size} px" if size else "")

@@ -30,7 +30,7 @@ def test_bundled_weights_are_used_as_single_precision_with_their_own_input(bundl
     assert (report.source, report.head, report.missing) == ("bundled", "new", ())
     assert report.sha256 == sha256_of(bundled_weights.FOLDER / "test_resnet.safetensors")
     assert "weights: bundled " in report.summary()
-    assert "distilled from a_teacher at 48 px" in report.summary()
+    assert "distilled from a_teacher, for pictures of 48 px" in report.summary()
     spec = made.input_spec
     assert (spec.size, spec.interpolation, spec.crop) == (48, "bicubic", 0.75)
     grey = torch.full((1, 3, 4, 4), 204, dtype=torch.uint8)  # 0.8: (0.8 - 0.5) / 0.25, (0.8 - 0.4) / 0.5, (0.8 - 0.3) / 0.125

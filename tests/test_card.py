@@ -52,7 +52,7 @@ def test_no_file_of_that_kind(tmp_path):
         ({}, ""),
         ({"input": INPUT}, ""),
         ({"teacher": {"name": "big"}}, "distilled from big"),
-        ({"teacher": {"name": "big"}, "input": INPUT}, "distilled from big at 40 px"),
+        ({"teacher": {"name": "big"}, "input": INPUT}, "distilled from big, for pictures of 40 px"),
     ],
 )
 def test_in_a_few_words(card, text):
