@@ -88,11 +88,11 @@ def hand_written(root: Path, options: argparse.Namespace, workers: int) -> float
     return (time.perf_counter() - begin) * options.epochs / epochs
 
 
-def toolkit(root: Path, options: argparse.Namespace, reuse: str, cache: str, workers: int | None = None) -> float:
+def toolkit(root: Path, options: argparse.Namespace, reuse: str, cache: str, **reading: int) -> float:
     os.environ["RESNET_FINETUNE_CACHE"] = cache
     begin = time.perf_counter()
     torch.manual_seed(0)
-    data = FolderDataModule(root, options.batch_size, augment="none", image_size=options.size, reuse=reuse, workers=workers)
+    data = FolderDataModule(root, options.batch_size, augment="none", image_size=options.size, reuse=reuse, **reading)
     model = FinetuneModule(
         options.backbone, num_classes=data.num_classes, weights="none", freezing=options.policy, bn="auto", lr=0.01
     )

@@ -56,7 +56,14 @@ def run(options: argparse.Namespace, root: str, policy: str, side: str) -> float
         if side == "hand-written":
             frozen.hand_written(Path(root), options, 0)
         else:
-            frozen.toolkit(Path(root), options, side.split()[-1], os.environ["RESNET_FINETUNE_CACHE"], workers=0)
+            frozen.toolkit(
+                Path(root),
+                options,
+                side.split()[-1],
+                os.environ["RESNET_FINETUNE_CACHE"],
+                workers=0,
+                eval_batch_size=options.batch_size,
+            )
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
 
 

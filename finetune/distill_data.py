@@ -16,19 +16,20 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from finetune.errors import ConfigError
-from finetune.folders import Picture, find_pictures
+from finetune.folders import Picture
 from finetune.hardware import best_device, worker_count
 from finetune.hub import pretrained_cfg
 from finetune.loading import PictureDataset, TrainSampler, seeded
 from finetune.module import FinetuneModule
 from finetune.positioned import PositionedDataModule
-from finetune.predict import load_model
 from finetune.randomness import global_seed, seed_of
 from finetune.reuse import dataset_key, keep, weights_hash
 from finetune.runs import find_checkpoint
 from finetune.sample import BUILT_IN
 from finetune.store import Rows, Store
+from finetune.trained import load_model
 from finetune.transforms import Augmentation, InputSpec, change_look, eval_transform, random_crop
+from finetune.walk import Pictures
 from finetune.weight_files import sha256_of
 
 
@@ -118,7 +119,7 @@ class DistillDataModule(PositionedDataModule):
     @cached_property
     def files(self) -> dict[str, list[Picture]]:
         """The pictures of `train` and `val`."""
-        found = [Picture(str(path), 0) for path in find_pictures(self.places)]
+        found = [Picture(path, 0) for path in Pictures(self.places).all()]
         order = sorted(found, key=lambda picture: seed_of("distill", picture.file))
         held_out = max(1, round(self.val_fraction * len(order)))
         if held_out == len(order):

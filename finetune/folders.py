@@ -17,7 +17,7 @@ import io
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -28,12 +28,12 @@ from tabulate import tabulate
 from finetune.errors import DataError, did_you_mean
 from finetune.images import IMAGE_SUFFIXES
 from finetune.randomness import seed_of
+from finetune.walk import existing, identity, order, subfolders, walk
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 _NAMES: Mapping[str, Split] = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-_HIDDEN = frozenset({"__MACOSX", "@eaDir"})  # what archives of macOS and disks on the network leave behind
 _ARRANGE = "Arrange the pictures as {0}/<class>/<picture>, or as {0}/train/<class>/<picture> and {0}/val/<class>/<picture>."
 _Tree: TypeAlias = dict[str, list[str]]  # class -> paths of its pictures
 
@@ -89,9 +89,9 @@ def scan(
         DataError: If the folder is missing, arranged in no known way, holds fewer than two classes, an empty class, or a class
             in validation or test that training does not know.
     """
-    folder = _existing(Path(root).expanduser())
+    folder = existing(Path(root).expanduser())
     skipped: Counter[str] = Counter()
-    trees = {split: _read_classes(folder, name, skipped) for split, name in _layout(folder, skipped).items()}
+    trees = {split: _read_classes(folder, name, skipped) for split, name in split_folders(folder, skipped).items()}
     classes = _check_classes(folder, trees)
     fractions: dict[Split, float] = {"val": val_fraction, "test": test_fraction}
     missing: dict[Split, float] = {split: share for split, share in fractions.items() if split not in trees and share > 0}
@@ -101,28 +101,6 @@ def scan(
         for split in SPLITS
     }
     return PictureFolder(folder, tuple(classes), splits, tuple(missing), dict(skipped))
-
-
-def find_pictures(places: Sequence[str | os.PathLike[str]]) -> list[Path]:
-    """Return the pictures in folders, searched to the bottom in the order of names, and the files that are named themselves.
-
-    Args:
-        places: Folders and files.
-
-    Raises:
-        DataError: If a place does not exist or there is no picture at all.
-    """
-    found: list[Path] = []
-    for place in places:
-        path = Path(place).expanduser()
-        if path.is_file():
-            found.append(path)
-        else:
-            found += [path / file for file in sorted(_walk(str(_existing(path)), Counter()), key=_order)]
-    if not found:
-        where = ", ".join(map(str, places)) or "an empty list"
-        raise DataError(f"There is no picture in {where}: expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}.")
-    return found
 
 
 def summary(folder: PictureFolder, most: int = 30) -> str:
@@ -171,19 +149,9 @@ def write_split(folder: PictureFolder, path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------ the layout
 
 
-def _existing(folder: Path) -> Path:
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise DataError(f"{folder} is a file, expected a folder. If it is an archive, unpack it first.")
-    parent = folder.parent
-    siblings = [entry.name for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []
-    raise DataError(f"There is no folder {folder} (seen from {Path.cwd()}).{did_you_mean(folder.name, siblings)}")
-
-
-def _layout(root: Path, skipped: Counter[str]) -> dict[Split, str]:
+def split_folders(root: Path, skipped: Counter[str]) -> dict[Split, str]:
     """Return the folder of each split below the root; pictures that are not split yet have the folder "" of `train`."""
-    names, loose = _subfolders(str(root), skipped)
+    names, loose = subfolders(str(root), skipped)
     if not names and loose:
         raise DataError(f"{root} holds {loose} pictures but no class folders. {_ARRANGE.format(root)}")
     if not names:
@@ -207,7 +175,7 @@ def _are_splits(root: Path, names: Sequence[str], found: Sequence[str]) -> bool:
     """Tell splits from classes that are called so, such as the vehicle `train` beside `car` and `bus`."""
     if len(found) == len(names):
         return True
-    with_classes = [name for name in found if _subfolders(str(root / name), Counter())[0]]
+    with_classes = [name for name in found if subfolders(str(root / name), Counter())[0]]
     if with_classes and {_NAMES[name.lower()] for name in found} == {"train"}:
         others = [name for name in names if name not in found]
         raise DataError(
@@ -220,18 +188,18 @@ def _are_splits(root: Path, names: Sequence[str], found: Sequence[str]) -> bool:
 def _read_classes(root: Path, split: str, skipped: Counter[str]) -> _Tree:
     """Return the pictures of each class folder; paths are below the root and in order."""
     top = root / split
-    names, loose = _subfolders(str(top), Counter() if not split else skipped)
+    names, loose = subfolders(str(top), Counter() if not split else skipped)
     if split:
         skipped.update({"outside a class folder": loose} if loose else {})
         if not names and loose:
             raise DataError(f"{top} holds {loose} pictures but no class folders. {_ARRANGE.format(root)}")
-    above = {_identity(str(root)), _identity(str(top))}
+    above = {identity(str(root)), identity(str(top))}
     tree: _Tree = {}
     for name in names:
         prefix = f"{split}/{name}/" if split else f"{name}/"
-        files = [prefix + file for file in _walk(str(top / name), skipped, above)]
+        files = [prefix + file for file in walk(str(top / name), skipped, above)]
         tree.setdefault(unicodedata.normalize("NFC", name), []).extend(files)
-    return {name: sorted(files, key=_order) for name, files in tree.items()}
+    return {name: sorted(files, key=order) for name, files in tree.items()}
 
 
 def _check_classes(root: Path, trees: Mapping[Split, _Tree]) -> list[str]:
@@ -258,72 +226,6 @@ def _list(names: Iterable[str], most: int = 5) -> str:
     return ", ".join(quoted[:most]) + (f" and {len(quoted) - most} more" if len(quoted) > most else "")
 
 
-# -------------------------------------------------------------------------------------------------------------- the files
-
-
-def _subfolders(path: str, skipped: Counter[str]) -> tuple[list[str], int]:
-    """Return the names of the folders that are not hidden, and how many pictures lie beside them."""
-    names, pictures = [], 0
-    for entry in _entries(path):
-        kind = _kind(entry)
-        if kind == "folder":
-            names.append(entry.name)
-        elif kind == "picture":
-            pictures += 1
-        else:
-            skipped[kind] += 1
-    return names, pictures
-
-
-def _walk(top: str, skipped: Counter[str], above: Iterable[tuple[int, int]] = ()) -> Iterator[str]:
-    """Yield the pictures below a folder, as paths from it; links are followed, but into no folder twice and not upwards."""
-    seen = set(above) | {_identity(top)}
-    waiting = [(top, "")]
-    while waiting:
-        path, prefix = waiting.pop()
-        for entry in _entries(path):
-            kind = _kind(entry)
-            if kind == "picture":
-                yield prefix + entry.name
-            elif kind != "folder":
-                skipped[kind] += 1
-            elif (identity := _identity(entry.path)) not in seen:
-                seen.add(identity)
-                waiting.append((entry.path, f"{prefix}{entry.name}/"))
-
-
-def _entries(path: str) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(path) as entries:
-            return sorted(entries, key=lambda entry: entry.name)
-    except OSError as error:
-        raise DataError(f"The folder {path} cannot be read: {error.strerror or error}. Check its permissions.") from error
-
-
-def _kind(entry: os.DirEntry[str]) -> str:
-    """Return "folder", "picture", or the reason to skip the entry."""
-    if entry.name.startswith(".") or entry.name in _HIDDEN:
-        return "hidden"
-    try:
-        if entry.is_dir():
-            return "folder"
-        if os.path.splitext(entry.name)[1].lower() not in IMAGE_SUFFIXES:
-            return "not a picture"
-        return "picture" if entry.is_file() else "broken link"
-    except OSError:  # a link to itself
-        return "broken link"
-
-
-def _identity(path: str) -> tuple[int, int]:
-    status = os.stat(path)
-    return status.st_dev, status.st_ino
-
-
-def _order(path: str) -> str:
-    """Order by code points; systems store accents in one character or in two."""
-    return path if path.isascii() else unicodedata.normalize("NFC", path)
-
-
 # -------------------------------------------------------------------------------------------------------------- the draw
 
 
@@ -331,12 +233,12 @@ def _draw(train: _Tree, fractions: Mapping[Split, float], seed: int) -> dict[Spl
     """Draw validation pictures from one end of each class in the order of hashes, test pictures from the other."""
     drawn: dict[Split, _Tree] = {split: {} for split in ("train", *fractions)}
     for name, files in train.items():
-        order = sorted(files, key=lambda file: (seed_of(seed, _order(file)), file))
+        drawing = sorted(files, key=lambda file: (seed_of(seed, order(file)), file))
         val = _share(len(files), fractions.get("val", 0), len(files) - 1)
         test = _share(len(files), fractions.get("test", 0), len(files) - 1 - val)
-        parts = {"val": order[:val], "test": order[len(order) - test :], "train": order[val : len(order) - test]}
+        parts = {"val": drawing[:val], "test": drawing[len(files) - test :], "train": drawing[val : len(files) - test]}
         for split, tree in drawn.items():
-            tree[name] = sorted(parts[split], key=_order)
+            tree[name] = sorted(parts[split], key=order)
     return drawn
 
 

@@ -49,7 +49,11 @@ def read_image(path: str | os.PathLike[str]) -> Tensor:
         DataError: If the file cannot be read, is empty, cut off, no picture, or has more pixels than Pillow's safety limit
             (`PIL.Image.MAX_IMAGE_PIXELS`).
     """
-    data = _read_bytes(path)
+    return decode_image(_read_bytes(path), str(path))
+
+
+def decode_image(data: bytearray, name: str) -> Tensor:
+    """Decode the content of a file as `read_image` does; messages call it by a name."""
     if _DECODE is not None and 0 < _plain_jpeg_pixels(data) <= (Image.MAX_IMAGE_PIXELS or math.inf):
         with contextlib.suppress(RuntimeError):  # Pillow then reads it or says what is wrong
             decoded: Tensor = _DECODE(torch.frombuffer(data, dtype=torch.uint8), _RGB, True)
@@ -57,12 +61,13 @@ def read_image(path: str | os.PathLike[str]) -> Tensor:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on metadata, palettes and size: what matters becomes an error below
-            return _read_with_pillow(data)
+            with Image.open(io.BytesIO(data)) as image:
+                return image_to_tensor(image)
     except UnidentifiedImageError:
         start = bytes(data[:8])
-        raise DataError(f"{path} is not a picture in a known format: it starts with {start!r}. {_REMEDY}") from None
+        raise DataError(f"{name} is not a picture in a known format: it starts with {start!r}. {_REMEDY}") from None
     except Exception as error:  # Pillow raises nearly everything on broken files: OSError, SyntaxError, struct.error, ...
-        raise DataError(f"{path} cannot be read as a picture: {error}. {_REMEDY}") from error
+        raise DataError(f"{name} cannot be read as a picture: {error}. {_REMEDY}") from error
 
 
 def _read_bytes(path: str | os.PathLike[str]) -> bytearray:
@@ -98,20 +103,22 @@ def _plain_jpeg_pixels(data: bytearray) -> int:
     return 0
 
 
-def _read_with_pillow(data: bytearray) -> Tensor:
-    image: Image.Image
-    with Image.open(io.BytesIO(data)) as image:
-        width, height = image.size
-        if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
-            raise ValueError(
-                f"it has {width} x {height} pixels, more than the limit of {Image.MAX_IMAGE_PIXELS} "
-                "(PIL.Image.MAX_IMAGE_PIXELS, against decompression bombs); make it smaller or raise the limit"
-            )
-        image.load()
-        with contextlib.suppress(Exception):  # damaged EXIF says nothing about the pixels
-            image = ImageOps.exif_transpose(image)
-        pixels = np.array(_to_rgb(image))
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+def image_to_tensor(image: Image.Image) -> Tensor:
+    """Bring a Pillow image of any mode to what `read_image` returns.
+
+    Raises:
+        ValueError: If it has too many pixels, or grey values that cannot be scaled.
+    """
+    width, height = image.size
+    if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
+        raise ValueError(
+            f"it has {width} x {height} pixels, more than the limit of {Image.MAX_IMAGE_PIXELS} "
+            "(PIL.Image.MAX_IMAGE_PIXELS, against decompression bombs); make it smaller or raise the limit"
+        )
+    image.load()
+    with contextlib.suppress(Exception):  # damaged EXIF says nothing about the pixels
+        image = ImageOps.exif_transpose(image)
+    return torch.from_numpy(np.array(_to_rgb(image))).permute(2, 0, 1)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

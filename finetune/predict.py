@@ -1,120 +1,53 @@
-"""Name the class of pictures: a checkpoint and pictures → a CSV file with label, probability and the runners-up."""
+"""The verb `predict`: a trained model and pictures → a table with a row per picture, however many there are."""
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import os
-from collections.abc import Iterable, Iterator, Sequence
+import io
+import itertools
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from finetune import checkpoints, hardware
-from finetune.backbones import import_path
-from finetune.errors import CheckpointError, ConfigError, DataError
-from finetune.folders import find_pictures
-from finetune.images import read_image
-from finetune.module import FinetuneModule
-from finetune.runs import find_checkpoint
-from finetune.transforms import InputSpec, eval_transform
+from finetune.errors import ConfigError, DataError
+from finetune.predictor import Answer, Augmentations, Predictor
+from finetune.rows import GrowingFile
+from finetune.walk import Pictures
+
+_LINES = (".jsonl", ".ndjson")
+_COLUMNS = "label", "probability"
 
 
-class Prediction(NamedTuple):
-    """What the model says of one picture; without labels where it could not be read."""
-
-    file: str
-    labels: tuple[str, ...]
-    probabilities: tuple[float, ...]
-    error: str = ""
-
-
-def load_model(checkpoint: str | os.PathLike[str]) -> FinetuneModule:
-    """Load a trained model, ready for prediction, without running pickled code and without the network.
-
-    Args:
-        checkpoint: A .ckpt file, a run's folder (its best checkpoint), or `last`.
-
-    Raises:
-        CheckpointError: If it is missing, unreadable, or not from this toolkit.
-    """
-    path = find_checkpoint(os.fspath(checkpoint), Path("runs"))
-    class_path = checkpoints.read_own(path)[checkpoints.KEY]["class_path"]
-    own = class_path == f"{FinetuneModule.__module__}.{FinetuneModule.__qualname__}"
-    try:
-        kind = FinetuneModule if own else import_path(class_path)
-    except ConfigError as error:
-        raise CheckpointError(
-            f"{path} was written by {class_path}, which cannot be imported here. Run this in the folder of its project."
-        ) from error
-    if not (isinstance(kind, type) and issubclass(kind, FinetuneModule)):
-        raise CheckpointError(f"{path} names the class {class_path}, which is no FinetuneModule.")
-    return kind.load_from_checkpoint(path).eval()
-
-
-def predict(
-    model: FinetuneModule,
-    pictures: Sequence[str | os.PathLike[str]],
-    *,
-    topk: int = 3,
-    batch_size: int = 64,
-    workers: int | None = None,
-) -> Iterator[Prediction]:
-    """Predict pictures one batch at a time, in the order of their names.
-
-    Args:
-        model: The model, on the device where it shall run.
-        pictures: Folders, searched to the bottom, and files.
-        topk: How many classes per picture.
-        batch_size: Pictures at a time.
-        workers: Processes that read pictures; from the cores if None.
-
-    Yields:
-        A prediction per picture; a picture that cannot be read has an error instead of labels.
-
-    Raises:
-        DataError: If there is no picture at all.
-    """
-    files = find_pictures(pictures)
-    names = model.class_names or [str(index) for index in range(model.hparams["num_classes"])]
-    topk = min(topk, len(names))
-    if workers is None:
-        workers = 0 if len(files) < batch_size else hardware.worker_count()
-    loader = DataLoader(_Pictures(files, model.input_spec), batch_size, num_workers=workers, collate_fn=_collate)
-    for indices, images, errors in loader:
-        if images is not None:
-            with torch.inference_mode():
-                probabilities, classes = model(images.to(model.device)).float().softmax(1).topk(topk)
-        rows = iter(zip(probabilities.tolist(), classes.tolist(), strict=True)) if images is not None else iter(())
-        for index, error in zip(indices, errors, strict=True):
-            if error:
-                yield Prediction(str(files[index]), (), (), error)
-            else:
-                values, best = next(rows)
-                yield Prediction(str(files[index]), tuple(names[i] for i in best), tuple(values))
-
-
-def predict_to_csv(
-    checkpoint: str,
+def predict_to_file(
+    model: str,
     pictures: Sequence[str],
     out: str = "predictions.csv",
+    files_from: str | None = None,
     topk: int = 3,
+    probabilities: bool = False,
+    embed: bool = False,
+    tta: Augmentations = "none",
+    temperature: float | None = None,
     batch_size: int = 64,
     workers: int | None = None,
     device: str = "auto",
     overwrite: bool = False,
 ) -> None:
-    """Do what `resnet-finetune predict` does: predict pictures and write the table.
+    """Do what `resnet-finetune predict` does. A run that was interrupted is continued by the same call.
 
     Args:
-        checkpoint: A .ckpt file, a run's folder, or `last`.
-        pictures: Folders and files.
-        out: Where to write; it appears when it is complete.
+        model: What `Predictor` takes, or `last`.
+        pictures: Folders, files and patterns.
+        out: Where to write, .csv or .jsonl; it appears there when it is complete.
+        files_from: A text file with the path of a picture on each line.
         topk: How many classes per picture.
+        probabilities: Write the probabilities of all classes, too.
+        embed: Write features instead of classes.
+        tta: Test-time augmentation, see `Predictor`.
+        temperature: What logits are divided by, see `Predictor`.
         batch_size: Pictures at a time.
         workers: Processes that read pictures; from the cores if None.
         device: A torch device, or `auto`.
@@ -123,77 +56,124 @@ def predict_to_csv(
     Raises:
         ConfigError: If the output exists, or an option is out of range.
     """
-    target = Path(out)
-    if target.exists() and not overwrite:
-        raise ConfigError(f"{target} exists already and is not overwritten: give another --out, or --overwrite.")
     if topk < 1 or batch_size < 1:
         raise ConfigError(f"Expected --topk and --batch_size to be at least 1, found {topk} and {batch_size}.")
-    model = load_model(checkpoint).to(_device(device))
-    if not model.classifies:
-        raise ConfigError(
-            f"The head of {checkpoint} was not trained, so it names no classes: expected a run that was trained on classes, or "
-            "distilled with --model.logits_weight above 0. Train a head on it with: fit --model.weights CHECKPOINT"
-        )
-    total = len(find_pictures(pictures))
-    rows = predict(model, pictures, topk=topk, batch_size=batch_size, workers=workers)
-    failed = _write(tqdm(rows, total=total, unit="picture", disable=None), target, min(topk, model.hparams["num_classes"]))
-    print(
-        f"{total} pictures, {failed} of them unreadable (see the column 'error'): {target}"
-        if failed
-        else f"{total} pictures: {target}"
-    )
-
-
-def _write(rows: Iterable[Prediction], target: Path, topk: int) -> int:
-    """Write the table beside its place and move it there when it is complete; return how many rows have an error."""
-    failed = 0
-    header = ["file", "label", "probability"]
-    header += [f"{column}_{rank}" for rank in range(2, topk + 1) for column in ("label", "probability")]
-    partial = target.with_name(f"{target.name}.part")
+    places = Pictures(tuple(pictures), files_from)
+    total = places.count()
+    predictor = Predictor(model, device=device, tta=tta, temperature=temperature, batch_size=batch_size)
+    if workers is None and total <= batch_size:
+        workers = 0
+    options = {
+        "model": _identity(predictor.trained.path),
+        "pictures": [*pictures, *([f"--files_from {files_from}"] if files_from else [])],
+        "temperature": predictor.trained.temperature,
+        "topk": topk,
+        "probabilities": probabilities,
+        "embed": embed,
+        "tta": tta,
+    }
+    encode = _Lines(predictor, options) if Path(out).suffix in _LINES else _Csv(predictor, options)
+    table = GrowingFile(Path(out), options, overwrite)
     try:
-        with partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as handle:
-            writer = csv.writer(handle)
-            writer.writerow([*header, "error"])
-            for row in rows:
-                failed += bool(row.error)
-                pairs = zip(row.labels, row.probabilities, strict=True)
-                cells = [cell for label, p in pairs for cell in (label, f"{p:.6f}")] or [""] * (2 * topk)
-                writer.writerow([row.file, *cells, row.error])
-        os.replace(partial, target)
-    except OSError as error:
-        raise ConfigError(f"{target} cannot be written: {error.strerror or error}. Give another --out.") from error
+        _require_same_pictures(table, places)
+        if table.rows:
+            print(f"{table.partial} holds {table.rows} of {total} rows: going on from there.")
+        else:
+            table.append(encode.header(), 0, "")
+        with tqdm(total=total, initial=table.rows, unit="picture", disable=None) as bar:
+            for batch in predictor.stream(places, start=table.rows, embed=embed, workers=workers):
+                table.append(encode(batch), len(batch), batch[-1].file, sum(bool(answer.error) for answer in batch))
+                bar.update(len(batch))
+        table.finish()
+    except KeyboardInterrupt:
+        print(f"\nStopped after {table.rows} of {total} pictures. The same command goes on from there.")
+        raise
     finally:
-        with contextlib.suppress(OSError):  # it was moved, or could not be made in the first place
-            partial.unlink()
-    return failed
+        table.close()
+    unreadable = f", {table.failed} of them unreadable (see 'error')" if table.failed else ""
+    print(f"{total} pictures{unreadable}: {out}")
 
 
-def _device(name: str) -> torch.device:
-    try:
-        device = hardware.best_device() if name == "auto" else torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"The device '{name}' cannot be used: {str(error).splitlines()[0]} Give --device auto or cpu."
-        ) from error
-    return device
+class _Encoder:
+    """Turns answers into the rows of a table.
+
+    Args:
+        predictor: Where the answers come from.
+        options: Which columns there are: topk, probabilities, embed.
+    """
+
+    def __init__(self, predictor: Predictor, options: Mapping[str, Any]) -> None:
+        self.predictor = predictor
+        self.topk = 0 if options["embed"] else min(options["topk"], len(predictor.classes))
+        self.all: Sequence[str] = ()
+        if options["embed"]:
+            self.all = [f"f{index}" for index in range(predictor.feature_width)]
+        elif options["probabilities"]:
+            self.all = [f"p:{name}" for name in predictor.classes]
+
+    def header(self) -> bytes:
+        """Return what stands before the rows."""
+        return b""
+
+    def __call__(self, answers: Sequence[Answer]) -> bytes:
+        """Return the rows of some answers."""
+        raise NotImplementedError
 
 
-class _Pictures(Dataset[tuple[int, Tensor | None, str]]):
-    def __init__(self, files: Sequence[Path], spec: InputSpec) -> None:
-        self.files = files
-        self.transform = eval_transform(spec)
+class _Csv(_Encoder):
+    """A row of columns: file, label and probability of each rank, all probabilities or features, error."""
 
-    def __len__(self) -> int:
-        return len(self.files)
+    def header(self) -> bytes:
+        ranks = ["", *(f"_{rank}" for rank in range(2, self.topk + 1))][: self.topk]
+        return self._rows([["file", *(f"{column}{rank}" for rank in ranks for column in _COLUMNS), *self.all, "error"]])
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor | None, str]:
-        try:
-            return index, self.transform(read_image(self.files[index])), ""
-        except DataError as error:
-            return index, None, str(error)
+    def __call__(self, answers: Sequence[Answer]) -> bytes:
+        return self._rows([self._cells(answer) for answer in answers])
+
+    def _cells(self, answer: Answer) -> list[str]:
+        if answer.values is None:
+            return [answer.file, *[""] * (2 * self.topk + len(self.all)), answer.error]
+        best = self.predictor.top(answer, self.topk)
+        pairs = zip(best.labels, best.probabilities, strict=True)
+        top = [cell for label, p in pairs for cell in (label, f"{p:.6f}")]
+        return [answer.file, *top, *(f"{value:.7g}" for value in (answer.values if self.all else ())), ""]
+
+    @staticmethod
+    def _rows(rows: list[list[str]]) -> bytes:
+        text = io.StringIO()
+        csv.writer(text).writerows(rows)
+        return text.getvalue().encode("utf-8", "surrogateescape")
 
 
-def _collate(items: list[Any]) -> tuple[list[int], Tensor | None, list[str]]:
-    images = [image for _, image, _ in items if image is not None]
-    return [index for index, _, _ in items], torch.stack(images) if images else None, [error for _, _, error in items]
+class _Lines(_Encoder):
+    """A JSON object on each line."""
+
+    def __call__(self, answers: Sequence[Answer]) -> bytes:
+        return "".join(json.dumps(self._record(answer)) + "\n" for answer in answers).encode()
+
+    def _record(self, answer: Answer) -> dict[str, Any]:
+        record: dict[str, Any] = {"file": answer.file, "error": answer.error or None}
+        if answer.values is None:
+            return record
+        values = [float(f"{value:.7g}") for value in answer.values] if self.all else []
+        if not self.topk:
+            return {**record, "features": values}
+        best = self.predictor.top(answer, self.topk)
+        top = [{"label": label, "probability": round(p, 6)} for label, p in zip(best.labels, best.probabilities, strict=True)]
+        record |= {**top[0], "top": top}
+        return {**record, "probabilities": dict(zip(self.predictor.classes, values, strict=True))} if self.all else record
+
+
+def _identity(path: Path) -> list[Any]:
+    """Return what tells a model from another one that takes its place."""
+    file = path / "model.safetensors" if path.is_dir() else path
+    return [str(path.resolve()), file.stat().st_size, file.stat().st_mtime_ns]
+
+
+def _require_same_pictures(table: GrowingFile, places: Pictures) -> None:
+    found = next(itertools.islice(places, table.rows - 1, None), None) if table.rows else table.last
+    if found != table.last:
+        raise DataError(
+            f"The pictures have changed since {table.partial} was begun: its last row, number {table.rows}, is of "
+            f"{table.last}, and there is now {found or 'nothing'}. Restore them to go on, or give --overwrite to begin anew."
+        )

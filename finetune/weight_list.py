@@ -45,6 +45,21 @@ def weights_table(backbone: str | None = None) -> str:
     return f"{tabulate(entries, headers=[*Entry._fields[:-1], 'what to type'], disable_numparse=True)}\n\n{closing}"
 
 
+def licence_of(source: str, backbone: str) -> str:
+    """Return the licence of pretrained weights, as far as their source states it.
+
+    Args:
+        source: hub, bundled, package, file, checkpoint or none.
+        backbone: Whose weights.
+    """
+    if source == "bundled":
+        return str(bundled_card(backbone).get("licence") or _OWN_LICENCE)
+    if source == "package":
+        return LICENCE
+    stated = get_pretrained_cfg(backbone) if source == "hub" and timm.is_model(backbone) else None
+    return (stated and stated.license) or ("that of the file" if source in ("file", "checkpoint") else "not stated")
+
+
 def _of(backbone: str) -> Iterator[Entry]:
     if not timm.is_model(backbone):
         raise ConfigError(
@@ -72,14 +87,13 @@ def _all_cached() -> Iterator[Entry]:
 
 
 def _cached(backbone: str, path: Path) -> Entry:
-    licence = get_pretrained_cfg(backbone).license or "not stated"
-    return Entry(backbone, "cached", "yes", _size(path), licence, _options(backbone, "hub"))
+    return Entry(backbone, "cached", "yes", _size(path), licence_of("hub", backbone), _options(backbone, "hub"))
 
 
 def _bundled(backbone: str) -> Entry:
     try:
         path = bundled_file(backbone)
-        licence = str(bundled_card(backbone).get("licence") or _OWN_LICENCE)
+        licence = licence_of("bundled", backbone)
     except WeightsError:
         return Entry(backbone, "bundled", "damaged", "", "", REINSTALL)
     return Entry(backbone, "bundled", "yes", _size(path), licence, _options(backbone, "bundled"))

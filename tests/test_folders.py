@@ -10,7 +10,7 @@ import unicodedata
 import pytest
 
 from finetune.errors import DataError
-from finetune.folders import find_pictures, scan, summary, write_split
+from finetune.folders import scan, summary, write_split
 
 
 def touch(root, *files):
@@ -242,19 +242,6 @@ def test_a_folder_that_may_not_be_read(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------- the rest
-
-
-def test_find_pictures(tmp_path):
-    touch(tmp_path, "b/2.jpg", "a/1.png", "a/notes.txt", ".hidden/3.jpg", "single.strange")
-    found = find_pictures([tmp_path, tmp_path / "single.strange"])
-    assert [str(path.relative_to(tmp_path)) for path in found] == ["a/1.png", "b/2.jpg", "single.strange"]
-    with pytest.raises(DataError, match="There is no picture in "):
-        find_pictures([])
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"There is no picture in .*empty: expected files ending in \.bmp"):
-        find_pictures([tmp_path / "empty"])
-    with pytest.raises(DataError, match="There is no folder"):
-        find_pictures([tmp_path / "none"])
 
 
 def test_many_files_are_found_quickly(tmp_path):

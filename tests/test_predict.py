@@ -1,11 +1,12 @@
 """Prediction against Pillow, a plain forward pass and the csv module; and a table that is whole or not there."""
 
 import csv
+import json
+import signal
+import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -13,65 +14,12 @@ from PIL import Image
 
 from finetune import CheckpointError, ConfigError, DataError, FinetuneModule
 from finetune.main import main
-from finetune.predict import load_model, predict, predict_to_csv
+from finetune.predict import predict_to_file
+from finetune.predictor import Predictor
+from finetune.trained import load_model
 
 CLASSES = ["bee", "ant, red", "wasp", "fly"]
-SIZES = {"b/2.png": (40, 30), "b/10.png": (30, 50), "b/A.jpg": (36, 36), "c.webp": (64, 33), "a.bmp": (31, 31)}
 ORDER = ["a.bmp", "b/10.png", "b/2.png", "b/A.jpg", "c.webp"]
-OWN = """
-from finetune import FinetuneModule
-
-
-class Doubled(FinetuneModule):
-    def __init__(self, factor: float = 2.0, **options):
-        super().__init__(**options)
-        self.factor = factor
-
-    def forward(self, images):
-        return self.factor * super().forward(images)
-"""
-
-
-def save(model, path):
-    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=path.parent)
-    trainer.strategy.connect(model)
-    trainer.save_checkpoint(path)
-
-
-def scrambled(model):
-    """Give a network statistics and a head unlike those it starts with, so that its answers differ from picture to picture."""
-    generator = torch.Generator().manual_seed(5)
-    images = torch.nn.functional.interpolate(torch.rand(64, 3, 4, 4, generator=generator), 32, mode="bilinear")
-    for layer in model.modules():
-        if isinstance(layer, torch.nn.BatchNorm2d):
-            torch.nn.init.uniform_(layer.weight, 0.5, 1.5, generator=generator)
-    with torch.no_grad():
-        for _ in range(20):
-            model.train()(images)  # moves the statistics to those of pictures
-        model.head.weight.copy_(torch.randn(model.head.weight.shape, generator=generator))
-        model.head.weight.mul_(1 / model.eval()(images).std(0).mean())
-        model.head.bias.sub_(model(images).mean(0))
-    model.input_spec = replace(model.input_spec, size=32, crop=0.9)
-    return model
-
-
-@pytest.fixture
-def world(tmp_path, monkeypatch):
-    """A run with two checkpoints that differ, and a folder of pictures; the working folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    torch.manual_seed(0)
-    model = scrambled(FinetuneModule("test_resnet", num_classes=4, class_names=CLASSES, weights="none"))
-    save(model, tmp_path / "runs" / "mine" / "1" / "checkpoints" / "best.ckpt")
-    with torch.no_grad():
-        model.head.bias.add_(torch.tensor([0.0, 50.0, 0.0, 0.0]))
-    save(model, tmp_path / "runs" / "mine" / "1" / "checkpoints" / "last.ckpt")
-    rng = np.random.default_rng(0)
-    for name, (width, height) in SIZES.items():
-        Path("new", name).parent.mkdir(parents=True, exist_ok=True)
-        coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-        coarse.resize((width, height), Image.Resampling.BICUBIC).save(Path("new", name))
-    return tmp_path
 
 
 def by_hand(model, path):
@@ -151,7 +99,7 @@ def test_an_unreadable_picture_is_a_row_with_an_error(capsys, workers):
     Path("new/b/3.png").write_bytes(b"no picture")
     Path("new/z.jpg").write_bytes(b"")
     main(["predict", RUN, "new", "--out", "with.csv", "--batch_size", "3", "--workers", workers])
-    assert "7 pictures, 2 of them unreadable (see the column 'error'): with.csv" in capsys.readouterr().out
+    assert "7 pictures, 2 of them unreadable (see 'error'): with.csv" in capsys.readouterr().out
     found = {Path(row["file"]).name: row for row in rows("with.csv")}
     assert "not a picture in a known format" in found["3.png"]["error"]
     assert "is empty" in found["z.jpg"]["error"]
@@ -182,19 +130,14 @@ def test_which_checkpoint_is_meant(checkpoint, kind):
     assert load_model(checkpoint).class_names == CLASSES
 
 
-def test_a_class_of_the_user_is_loaded_as_such(world, capsys):
-    (world / "my_doubled.py").write_text(OWN)
-    sys.path.insert(0, str(world))
-    from my_doubled import Doubled
-
-    model = scrambled(Doubled(factor=3.0, backbone="test_resnet", num_classes=4, weights="none"))
-    save(model, world / "own.ckpt")
-    loaded = load_model("own.ckpt")
-    assert type(loaded) is Doubled
+def test_a_class_of_the_user_is_loaded_as_such(world, own_class, capsys):
+    path, model = own_class
+    loaded = load_model(path)
+    assert type(loaded) is type(model)
     images = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(loaded(images), 3 * FinetuneModule.forward(model.eval(), images))
-    (picture,) = predict(loaded, ["new/a.bmp"], topk=1)
+    (picture,) = Predictor("own.ckpt")("new/a.bmp")
     assert picture.labels[0] in ("0", "1", "2", "3")  # no names: their numbers
 
     del sys.modules["my_doubled"]
@@ -228,7 +171,7 @@ def test_an_output_is_not_overwritten_unless_that_is_said(capsys):
     [
         ([RUN, "new", "--out", "new/a.bmp/x.csv"], "new/a.bmp/x.csv cannot be written: Not a directory"),
         ([RUN, "new", "--out", "nowhere/x.csv"], "nowhere/x.csv cannot be written: No such file or directory"),
-        ([RUN, "new", "--out", "new", "--overwrite"], "new cannot be written: Is a directory"),
+        ([RUN, "new", "--out", "new", "--overwrite"], "new is a folder, expected the name of a file"),
         ([RUN, "new", "--topk", "0"], "at least 1, found 0 and 64"),
         ([RUN, "new", "--device", "warp"], "device 'warp' cannot be used"),
         ([RUN, "nowhere"], "nowhere"),
@@ -260,14 +203,104 @@ def test_a_disk_that_is_full_leaves_what_was_there(world, capsys, previous):
 
 
 @pytest.mark.usefixtures("world")
-def test_in_python_a_generator_that_begins_at_once():
-    model = load_model(RUN)
-    first = next(predict(model, ["new"], batch_size=1))
-    assert first.file == str(Path("new", "a.bmp"))
-    assert len(first.labels) == len(first.probabilities) == 3
+def test_lines_of_json_say_the_same_as_columns():
+    Path("new/z.jpg").write_bytes(b"")
+    main(["predict", RUN, "new", "--probabilities", "--topk", "2"])
+    main(["predict", RUN, "new", "--probabilities", "--topk", "2", "--out", "p.jsonl"])
+    lines = [json.loads(line) for line in Path("p.jsonl").read_text().splitlines()]
+    for line, row in zip(lines, rows(), strict=True):
+        assert line["file"] == row["file"]
+        if row["error"]:
+            assert line == {"file": row["file"], "error": row["error"]}
+            continue
+        assert line["error"] is None
+        assert (line["label"], line["probability"]) == (row["label"], float(row["probability"]))
+        assert line["top"][1] == {"label": row["label_2"], "probability": float(row["probability_2"])}
+        assert line["probabilities"] == {name: float(row[f"p:{name}"]) for name in CLASSES}
+        assert max(line["probabilities"], key=line["probabilities"].get) == line["label"]
+        assert sum(line["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.usefixtures("world")
+def test_features_are_what_the_head_sees():
+    Path("new/b/3.png").write_bytes(b"no picture")
+    main(["predict", RUN, "new", "--embed"])
+    model, found = load_model(RUN), rows()
+    assert list(found[0]) == ["file", *(f"f{index}" for index in range(model.head.in_features)), "error"]
+    assert [bool(row["error"]) for row in found] == [False, False, False, True, False, False]
+    features = torch.tensor([[float(row[f"f{i}"]) for i in range(model.head.in_features)] for row in found if not row["error"]])
+    with torch.no_grad():
+        logits = model.head(features)
+    np.testing.assert_allclose(logits.softmax(1).numpy(), Predictor(RUN).probabilities([f"new/{n}" for n in ORDER]), atol=1e-5)
+    main(["predict", RUN, "new/a.bmp", "--embed", "--out", "p.jsonl"])
+    assert json.loads(Path("p.jsonl").read_text())["features"] == pytest.approx(features[0].tolist(), abs=1e-5)
+
+
+@pytest.mark.usefixtures("world")
+def test_patterns_and_lists():
+    main(["predict", RUN, "new/b/*.png"])
+    assert [row["file"] for row in rows()] == ["new/b/10.png", "new/b/2.png"]
+    Path("list.txt").write_text("new/c.webp\nnew/gone.png\n")
+    main(["predict", RUN, "--files_from", "list.txt", "--out", "listed.csv"])
+    assert [(row["file"], bool(row["error"])) for row in rows("listed.csv")] == [("new/c.webp", False), ("new/gone.png", True)]
+
+
+INTERRUPTED = """
+import os, signal, sys
+from finetune.rows import GrowingFile
+append, pieces = GrowingFile.append, int(sys.argv.pop(1))
+def until(self, content, rows, last, failed=0):
+    if self.rows >= pieces:
+        self._handle.write(content[: len(content) // 2])  # as far as the system got
+        self._handle.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    append(self, content, rows, last, failed)
+GrowingFile.append = until
+from finetune.main import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize("out", ["p.csv", "p.jsonl"])
+def test_after_a_kill_the_same_command_repeats_no_row_and_loses_none(capsys, out):
+    for name in ("new/d\nd.png", "new/e,é.png"):
+        Path(name).write_bytes(Path("new/b/2.png").read_bytes())
+    Path("new/b/bad.png").write_bytes(b"no")
+    words = ["predict", RUN, "new", "--batch_size", "2", "--workers", "0", "--device", "cpu"]
+    main([*words, "--out", f"whole-{out}"])
+    words += ["--out", out]
+    for pieces in (2, 6):
+        code = [sys.executable, "-c", INTERRUPTED, str(pieces), *words]
+        assert subprocess.run(code, capture_output=True, check=False).returncode == -signal.SIGKILL
+        assert not Path(out).exists()
+    capsys.readouterr()
+    assert "topk: 3 then, 2 now" in fails([*words[1:], "--topk", "2"], capsys)
+    main([*words, "--workers", "2"])
+    said = capsys.readouterr().out
+    assert f"{out}.part holds 6 of 8 rows" in said
+    assert f"8 pictures, 1 of them unreadable (see 'error'): {out}" in said
+    assert Path(out).read_bytes() == Path(f"whole-{out}").read_bytes()
+    assert not list(Path().glob("*.part*"))
+
+
+@pytest.mark.usefixtures("world")
+def test_pictures_that_changed_in_between_are_not_mixed_up(capsys):
+    words = ["predict", RUN, "new", "--batch_size", "2", "--workers", "0", "--out", "p.csv"]
+    subprocess.run([sys.executable, "-c", INTERRUPTED, "2", *words], capture_output=True, check=False)
+    Path("new/Aa.bmp").write_bytes(Path("new/a.bmp").read_bytes())
+    assert "is of new/b/10.png, and there is now new/a.bmp" in fails(words[1:], capsys)
+    main([*words, "--overwrite"])
+    assert len(rows("p.csv")) == 6
+
+
+@pytest.mark.usefixtures("world")
+def test_mistakes_in_python():
     with pytest.raises(DataError, match="no picture"):
-        list(predict(model, []))
+        predict_to_file(RUN, [])
     with pytest.raises(ConfigError, match="cannot be used"):
-        predict_to_csv(RUN, ["new"], device="cuda:99")
+        predict_to_file(RUN, ["new"], device="cuda:99")
     with pytest.raises(ConfigError, match="Not a directory"):
-        predict_to_csv(RUN, ["new"], out="new/a.bmp/x.csv")
+        predict_to_file(RUN, ["new"], out="new/a.bmp/x.csv")
+    with pytest.raises(ConfigError, match="Did you mean 'flip'"):
+        predict_to_file(RUN, ["new"], tta="flap")

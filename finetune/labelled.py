@@ -1,0 +1,120 @@
+"""Labelled pictures to measure a trained model on: those of its own run, or any folder with its classes."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from finetune import checkpoints
+from finetune.data import FolderDataModule
+from finetune.errors import DataError, did_you_mean
+from finetune.folders import SPLITS, Split, split_folders
+from finetune.walk import existing, order, subfolders, walk
+
+
+class Labelled(NamedTuple):
+    """Pictures and their labels.
+
+    Attributes:
+        root: The folder that they lie in.
+        name: What they are, such as `photos test`.
+        files: Paths.
+        labels: Numbers of their classes.
+    """
+
+    root: Path
+    name: str
+    files: list[str]
+    labels: list[int]
+
+
+def data_of(checkpoint: Path) -> FolderDataModule | None:
+    """Return the data that the run of a checkpoint was trained on; None if they were no folder, or are no longer there."""
+    content = checkpoints.read_own(checkpoint)
+    options = content.get("datamodule_hyper_parameters") or {}
+    known = set(inspect.signature(FolderDataModule.__init__).parameters)
+    if "root" not in options or not set(options) <= known:
+        return None
+    data = FolderDataModule(**{**options, "reuse": "off", "decoded": None})
+    try:
+        return data if data.folder else None
+    except DataError:
+        return None
+
+
+def own_pictures(checkpoint: Path, classes: tuple[str, ...], split: Split | None = None) -> Labelled:
+    """Return pictures of the run of a checkpoint.
+
+    Args:
+        checkpoint: The checkpoint.
+        classes: Its classes.
+        split: Which; if None, test where there is one, otherwise val.
+
+    Raises:
+        DataError: If they are not there, or are of other classes.
+    """
+    data = data_of(checkpoint)
+    if data is None:
+        raise DataError(
+            f"The pictures that {checkpoint} was trained on are not here: name a folder, as in evaluate RUN FOLDER."
+        )
+    if tuple(data.classes) != classes:
+        raise DataError(
+            f"{data.root} has changed since the run: its classes are now {', '.join(data.classes)}. Name another folder, as in "
+            "evaluate RUN FOLDER."
+        )
+    split = split or ("test" if data.has_test else "val")
+    files = [str(path) for path in data.files(split)]
+    if not files:
+        raise DataError(f"{data.root} has no pictures in the split '{split}'. Give another --split, or name a folder.")
+    return Labelled(data.folder.root, f"{data.root} {split}", files, data.labels(split))
+
+
+def pictures_in(root: str | os.PathLike[str], classes: tuple[str, ...], split: Split | None = None) -> Labelled:
+    """Return the pictures of a folder <class>/<picture>, or of a split of a folder {train,val,test}/<class>/<picture>.
+
+    Labels are those of the model, by name; a class that the folder lacks is no mistake.
+
+    Args:
+        root: The folder.
+        classes: The classes of the model.
+        split: Which; if None, test where there is one, otherwise val.
+
+    Raises:
+        DataError: If the folder is missing, has no such split, or holds a class that the model does not know.
+    """
+    folder = existing(Path(root).expanduser())
+    skipped: Counter[str] = Counter()
+    splits = split_folders(folder, skipped)
+    if splits == {"train": ""}:
+        if split is not None:
+            raise DataError(f"{folder} is not split into train, val and test: leave --split out to measure on all of it.")
+        chosen, name = folder, str(root)
+    else:
+        wanted = split or next((each for each in reversed(SPLITS) if each in splits), "train")
+        if wanted not in splits:
+            raise DataError(f"{folder} has no split '{wanted}', it has: {', '.join(splits)}. Give another --split.")
+        chosen, name = folder / splits[wanted], f"{root} {wanted}"
+    return _labelled(chosen, name, classes, skipped)
+
+
+def _labelled(folder: Path, name: str, classes: tuple[str, ...], skipped: Counter[str]) -> Labelled:
+    number = {each: label for label, each in enumerate(classes)}
+    files, labels = [], []
+    for found in sorted(subfolders(str(folder), skipped)[0], key=order):
+        inside = [str(folder / found / file) for file in walk(str(folder / found), skipped)]
+        label = number.get(order(found))
+        if label is None and inside:
+            raise DataError(
+                f"{folder} holds '{found}', which is no class of the model.{did_you_mean(found, classes)} It knows "
+                f"{', '.join(classes[:10])}{', …' if len(classes) > 10 else ''}. Rename or remove the folder."
+            )
+        if label is not None:
+            files += inside
+            labels += [label] * len(inside)
+    if not files:
+        raise DataError(f"{folder} holds no picture of a class of the model: expected <class>/<picture>.")
+    return Labelled(folder, name, files, labels)

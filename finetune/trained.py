@@ -1,0 +1,249 @@
+"""A trained model as what it is good for, pictures to probabilities, whatever file it is in: checkpoint, ONNX, timm folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from finetune import checkpoints, hardware
+from finetune.backbones import import_path, input_spec_of
+from finetune.calibration import stored_temperature
+from finetune.errors import CheckpointError, ConfigError
+from finetune.module import FinetuneModule
+from finetune.runs import find_checkpoint
+from finetune.transforms import InputSpec
+
+ONNX_KEY = "resnet-finetune"
+"""Under this name class names, input and temperature stand in the metadata of an exported ONNX file, as JSON."""
+
+TIMM_KEY = "resnet_finetune"
+"""Under this name the same stands in `config.json` of an exported timm folder."""
+
+INSTALL_EXPORT = 'pip install "resnet-finetune[export]"'
+
+
+class Trained:
+    """A model that names classes.
+
+    Args:
+        path: The file or folder it was read from.
+        classes: Names of the classes.
+        input_spec: The input it was trained with.
+        temperature: What its logits are divided by.
+        probabilities: uint8 pictures (N, 3, H, W) -> probabilities (N, C).
+        features: uint8 pictures (N, 3, H, W) -> what the head sees (N, D); None if the file does not hold it.
+        module: The module of a checkpoint; None for an export.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        classes: tuple[str, ...],
+        input_spec: InputSpec,
+        temperature: float,
+        probabilities: Callable[[Tensor], Tensor],
+        features: Callable[[Tensor], Tensor] | None = None,
+        module: FinetuneModule | None = None,
+    ) -> None:
+        self.path = path
+        self.classes = classes
+        self.input_spec = input_spec
+        self.temperature = temperature
+        self.probabilities = probabilities
+        self.features = features
+        self.module = module
+
+    @classmethod
+    def from_facts(
+        cls,
+        path: Path,
+        own: Mapping[str, Any],
+        probabilities: Callable[[Tensor], Tensor],
+        features: Callable[[Tensor], Tensor] | None = None,
+    ) -> Trained:
+        """Return an export by what `facts` wrote into it."""
+        return cls(path, tuple(own["classes"]), InputSpec.from_plain(own["input"]), own["temperature"], probabilities, features)
+
+    def require_module(self) -> FinetuneModule:
+        """Return the module.
+
+        Raises:
+            ConfigError: If this is an exported model.
+        """
+        if self.module is None:
+            raise ConfigError(
+                f"{self.path} is an exported model, and this needs the stages of a checkpoint: give the run it is from."
+            )
+        return self.module
+
+
+def open_trained(model: str | os.PathLike[str], device: str = "auto", temperature: float | None = None) -> Trained:
+    """Open a checkpoint, a run's folder (its best checkpoint), an exported .onnx file or an exported timm folder.
+
+    Nothing in them is unpickled, and the network is not used.
+
+    Args:
+        model: The file or folder, or `last`.
+        device: A torch device, or `auto`.
+        temperature: What logits are divided by; if None, what `evaluate --calibrate` stored beside the checkpoint, or 1.
+
+    Raises:
+        CheckpointError: If it is missing, unreadable, or of another kind.
+        ConfigError: If the device cannot be used, or the model names no classes.
+    """
+    path = Path(model)
+    if temperature is not None and temperature <= 0:
+        raise ConfigError(f"Expected a temperature above 0, found {temperature}.")
+    if path.suffix == ".pt2":
+        raise CheckpointError(
+            f"{path} is a torch.export archive, and loading one runs pickled code: load it yourself with torch.export.load if "
+            "you trust it. Predict with the checkpoint, or with an export to ONNX or timm."
+        )
+    if path.suffix == ".onnx":
+        return _open_onnx(path, _device(device), temperature)
+    if (path / "config.json").is_file():
+        return _open_timm(path, _device(device), temperature)
+    return _open_checkpoint(find_checkpoint(os.fspath(model), Path("runs")), _device(device), temperature)
+
+
+def load_model(checkpoint: str | os.PathLike[str]) -> FinetuneModule:
+    """Load the module of a checkpoint, ready for prediction, without running pickled code and without the network.
+
+    Args:
+        checkpoint: A .ckpt file, a run's folder (its best checkpoint), or `last`.
+
+    Raises:
+        CheckpointError: If it is missing, unreadable, or not from this toolkit.
+    """
+    path = find_checkpoint(os.fspath(checkpoint), Path("runs"))
+    return _load(path, checkpoints.read_own(path))
+
+
+def _load(path: Path, content: Mapping[str, Any]) -> FinetuneModule:
+    class_path = content[checkpoints.KEY]["class_path"]
+    own = class_path == f"{FinetuneModule.__module__}.{FinetuneModule.__qualname__}"
+    try:
+        kind = FinetuneModule if own else import_path(class_path)
+    except ConfigError as error:
+        raise CheckpointError(
+            f"{path} was written by {class_path}, which cannot be imported here. Run this in the folder of its project."
+        ) from error
+    if not (isinstance(kind, type) and issubclass(kind, FinetuneModule)):
+        raise CheckpointError(f"{path} names the class {class_path}, which is no FinetuneModule.")
+    return kind.load_from_checkpoint(path).eval()
+
+
+def class_names(module: FinetuneModule) -> tuple[str, ...]:
+    """Return the names of a module's classes, or their numbers if it does not know them."""
+    return tuple(module.class_names or (str(index) for index in range(module.hparams["num_classes"])))
+
+
+def facts(trained: Trained) -> str:
+    """Return what an export has to say of itself beside its weights, as JSON."""
+    own = {"classes": list(trained.classes), "input": asdict(trained.input_spec), "temperature": trained.temperature}
+    return json.dumps(checkpoints.plain(own))
+
+
+def _open_checkpoint(path: Path, device: torch.device, temperature: float | None) -> Trained:
+    content = checkpoints.read_own(path)
+    module = _load(path, content).to(device)
+    if not module.classifies:
+        raise ConfigError(
+            f"The head of {path} was not trained, so it names no classes: expected a run that was trained on classes, or "
+            "distilled with --model.logits_weight above 0. Train a head on it with: fit --model.weights CHECKPOINT"
+        )
+    heat = stored_temperature(path, int(content["global_step"])) if temperature is None else temperature
+
+    def probabilities(images: Tensor) -> Tensor:
+        logits: Tensor = module(images.to(device))
+        return (logits.float() / heat).softmax(1)
+
+    def features(images: Tensor) -> Tensor:
+        found: Tensor = module.features(images.to(device))
+        return found.float()
+
+    return Trained(path, class_names(module), module.input_spec, heat, probabilities, features, module)
+
+
+def _open_onnx(path: Path, device: torch.device, temperature: float | None) -> Trained:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ConfigError(f"Running {path} needs onnxruntime. Install it with: {INSTALL_EXPORT}") from error
+    if not path.is_file():
+        raise CheckpointError(f"There is no file {path}.")
+    kinds = ["CUDAExecutionProvider"] * (device.type == "cuda") + ["CPUExecutionProvider"]
+    try:
+        session = onnxruntime.InferenceSession(str(path), providers=kinds)
+    except Exception as error:  # onnxruntime raises classes of its own without a common base
+        raise CheckpointError(f"{path} cannot be read as an ONNX model: {error}") from error
+    own = _own_facts(session.get_modelmeta().custom_metadata_map.get(ONNX_KEY), path)
+    _refuse_other_temperature(own["temperature"], temperature, path)
+    outputs = [output.name for output in session.get_outputs()]
+
+    def run(output: str) -> Callable[[Tensor], Tensor]:
+        return lambda images: torch.from_numpy(session.run([output], {"images": images.numpy(force=True)})[0])
+
+    return Trained.from_facts(path, own, run("probabilities"), run("features") if "features" in outputs else None)
+
+
+def _open_timm(path: Path, device: torch.device, temperature: float | None) -> Trained:
+    try:
+        config = json.loads((path / "config.json").read_text())
+        model: Any = timm.create_model(f"local-dir:{path}", pretrained=True).to(device).eval()
+    except (ValueError, RuntimeError, OSError, KeyError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as a timm model: {error}. Expected config.json and model.safetensors, as export "
+            "writes them."
+        ) from error
+    own = config.get(TIMM_KEY) or {}
+    spec = InputSpec.from_plain(own["input"]) if "input" in own else input_spec_of(model)
+    heat = own.get("temperature", 1.0) if temperature is None else temperature
+    names = config.get("label_names") or [str(index) for index in range(model.num_classes)]
+    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (spec.mean, spec.std))
+
+    def normalise(images: Tensor) -> Tensor:
+        return images.to(device).float().div_(255).sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
+
+    def features(images: Tensor) -> Tensor:
+        found: Tensor = model.forward_head(model.forward_features(normalise(images)), pre_logits=True)
+        return found.flatten(1)
+
+    network: nn.Module = model.to(memory_format=torch.channels_last)
+    return Trained(path, tuple(names), spec, heat, lambda images: (network(normalise(images)) / heat).softmax(1), features)
+
+
+def _own_facts(text: str | None, path: Path) -> dict[str, Any]:
+    if text is None:
+        raise CheckpointError(
+            f"{path} was not exported by this toolkit: its metadata lack '{ONNX_KEY}' with class names and input size. Export "
+            "it with: resnet-finetune export RUN"
+        )
+    own: dict[str, Any] = json.loads(text)
+    return own
+
+
+def _refuse_other_temperature(inside: float, wanted: float | None, path: Path) -> None:
+    if wanted is not None and abs(wanted - inside) > 1e-9:
+        raise ConfigError(
+            f"The temperature of {path} is {inside:g} and part of its graph: leave --temperature out, or export it anew."
+        )
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = hardware.best_device() if name == "auto" else torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"The device '{name}' cannot be used: {str(error).splitlines()[0]} Give --device auto or cpu."
+        ) from error
+    return device
