@@ -75,7 +75,8 @@ def predict_to_file(
     encode = _Lines(predictor, options) if Path(out).suffix in _LINES else _Csv(predictor, options)
     table = GrowingFile(Path(out), options, overwrite)
     try:
-        _require_same_pictures(table, places)
+        if table.rows and (found := next(itertools.islice(places, table.rows - 1, None), None)) != table.last:
+            _refuse_other_pictures(table, found, overwrite)
         if table.rows:
             print(f"{table.partial} holds {table.rows} of {total} rows: going on from there.")
         else:
@@ -170,10 +171,10 @@ def _identity(path: Path) -> list[Any]:
     return [str(path.resolve()), file.stat().st_size, file.stat().st_mtime_ns]
 
 
-def _require_same_pictures(table: GrowingFile, places: Pictures) -> None:
-    found = next(itertools.islice(places, table.rows - 1, None), None) if table.rows else table.last
-    if found != table.last:
-        raise DataError(
-            f"The pictures have changed since {table.partial} was begun: its last row, number {table.rows}, is of "
-            f"{table.last}, and there is now {found or 'nothing'}. Restore them to go on, or give --overwrite to begin anew."
-        )
+def _refuse_other_pictures(table: GrowingFile, found: str | None, overwrite: bool) -> None:
+    if overwrite:
+        return table.begin_anew()
+    raise DataError(
+        f"The pictures have changed since {table.partial} was begun: its last row, number {table.rows}, is of {table.last}, and "
+        f"there is now {found or 'nothing'}. Restore them to go on, or give --overwrite to begin anew."
+    )

@@ -65,6 +65,13 @@ class GrowingFile:
         if complete and not differ:
             self.rows, self.last, self.failed, self._bytes = (state[name] for name in ("rows", "last", "failed", "bytes"))
 
+    def begin_anew(self) -> None:
+        """Drop the rows that are there already."""
+        self.rows, self.last, self.failed, self._bytes = 0, "", 0, 0
+        with self._telling():
+            self._handle.truncate(0)
+            self._handle.seek(0)
+
     def append(self, content: bytes, rows: int, last: str, failed: int = 0) -> None:
         """Add a piece.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -133,6 +133,30 @@ def _evaluate(words: Sequence[str]) -> None:
     evaluate(**options)
 
 
+def _explain(words: Sequence[str]) -> None:
+    parser = _Parser(
+        prog="resnet-finetune explain",
+        description="Draw a row per picture: the picture, where in it the model saw the class (Grad-CAM), and the training "
+        "pictures that it finds most alike.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", help="a run's folder (its best checkpoint), a .ckpt file, or 'last'")
+    parser.add_argument("pictures", nargs="*", help="folders, files, patterns")
+    parser.add_argument("--mistakes", action="store_true", help="explain the run's worst mistakes instead of named pictures")
+    parser.add_argument("--stage", help="the stage to look at (default: the last one; see: resnet-finetune stages BACKBONE)")
+    parser.add_argument("--label", help="the class to look for (default: the one that is predicted)")
+    parser.add_argument("--neighbours", type=int, default=4, help="training pictures beside each (default: 4)")
+    parser.add_argument("--among", metavar="FOLDER", help="where to look for them (default: the run's training pictures)")
+    parser.add_argument("--most", type=int, default=40, help="at most so many pictures (default: 40)")
+    parser.add_argument("--out", default="explained", help="the folder to write into (default: explained)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+    options = parser.parse_args(words)
+    from finetune.explain import explain
+
+    explain(**vars(options))
+
+
 def _export(words: Sequence[str]) -> None:
     parser = _Parser(
         prog="resnet-finetune export",
@@ -159,9 +183,10 @@ class Verb(NamedTuple):
     run: Callable[[Sequence[str]], None]
 
 
-VERBS: Mapping[str, Verb] = {
+VERBS: dict[str, Verb] = {
     "evaluate": Verb("measure a model on labelled pictures: metrics with intervals, per class, calibration", _evaluate),
     "predict": Verb("name the class of pictures: a model and a folder -> a table", _predict),
+    "explain": Verb("draw where the model looked in pictures, and the training pictures it finds most alike", _explain),
     "export": Verb("write a checkpoint as ONNX, torch.export or a timm folder, and compare the two", _export),
     "stages": Verb("show the stages of a backbone", _stages),
     "weights": Verb("list the weights that are there for a backbone, here and now", _weights),

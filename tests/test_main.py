@@ -13,6 +13,7 @@ import finetune
 from finetune import main as command
 from finetune.errors import DataError
 from finetune.main import main
+from finetune.verbs import Verb
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,7 +36,10 @@ def test_help_names_every_verb_and_its_examples_name_no_other(capsys, words):
     main(words)
     said = capsys.readouterr().out
     verbs = re.findall(r"^  (\w+)  +\S", said.partition("verbs:")[2].partition("examples:")[0], re.MULTILINE)
-    assert verbs == ["fit", "validate", "test", "distill", "predict", "stages", "weights", "recipes", "reuse"]
+    assert verbs == [
+        *("fit", "validate", "test", "distill", "evaluate", "predict", "explain", "export"),
+        *("stages", "weights", "recipes", "reuse"),
+    ]
     assert set(re.findall(r"^  resnet-finetune (\w+)", said, re.MULTILINE)) <= set(verbs)
     for verb in verbs:
         try:
@@ -51,8 +55,8 @@ def test_the_script_of_a_checkout_is_the_command(tmp_path):
     assert (version.returncode, version.stdout) == (0, f"resnet-finetune {finetune.__version__}\n")
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr == (
-        "error: There is no verb 'recipe'. Did you mean 'recipes'? Expected one of: fit, validate, test, distill, predict, "
-        "stages, weights, recipes, reuse.\n"
+        "error: There is no verb 'recipe'. Did you mean 'recipes'? Expected one of: fit, validate, test, distill, evaluate, "
+        "predict, explain, export, stages, weights, recipes, reuse.\n"
     )
 
 
@@ -69,13 +73,13 @@ def test_our_errors_are_one_message_and_all_others_are_defects(monkeypatch, caps
         except DataError as error:
             raise RuntimeError("DataLoader worker exited") from error
 
-    monkeypatch.setattr(command, "_recipes", ours)
+    monkeypatch.setitem(command.VERBS, "recipes", Verb("", ours))
     assert fails(["recipes"], capsys) == "error: The folder is empty.\n"
 
     def defect(words):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(command, "_recipes", defect)
+    monkeypatch.setitem(command.VERBS, "recipes", Verb("", defect))
     with pytest.raises(ZeroDivisionError):
         main(["recipes"])
 
@@ -128,7 +132,7 @@ def test_stages_of_a_backbone(capsys):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["predict"], "the following arguments are required: checkpoint, pictures"),
+        (["predict"], "the following arguments are required: model"),
         (["predict", "a", "b", "--topk", "x"], "argument --topk: invalid int value: 'x'"),
         (["predict", "a", "b", "--ovrwrite"], "There is no option '--ovrwrite'. Did you mean '--overwrite'?"),
         (

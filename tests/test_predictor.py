@@ -87,8 +87,8 @@ def test_augmentation_is_the_mean_of_views_by_hand(predictor):
     square = eval_transform(InputSpec(side, spec.mean, spec.std, spec.interpolation, 1.0))(read_image(PICTURE))
     far, middle = side - 32, round((side - 32) / 2)
     corners = [(0, 0), (0, far), (far, 0), (far, far), (middle, middle)]
-    views = [square[:, top : top + 32, left : left + 32] for top, left in corners]
-    crops = np.mean([by_hand(model, view) for one in views for view in (one, one.flip(-1))], axis=0)
+    views = [whole[:, top : top + 32, left : left + 32] for whole in (square, square.flip(-1)) for top, left in corners]
+    crops = np.mean([by_hand(model, view) for view in views], axis=0)
     np.testing.assert_allclose(Predictor(RUN, tta="crops").probabilities(PICTURE)[0], crops, atol=1e-6)
     assert np.abs(flip - crops).max() > 1e-3
 
@@ -103,7 +103,7 @@ def test_the_temperature_divides_logits(predictor):
         Predictor(RUN, temperature=0)
 
 
-@pytest.mark.parametrize("workers", [0, 2, 3])
+@pytest.mark.parametrize("workers", [0, 1, 2])
 def test_a_stream_keeps_the_order_and_starts_where_it_is_told(predictor, workers):
     files = [f"new/{name}" for name in ("a.bmp", "b/10.png", "gone.png", "b/2.png", "b/A.jpg", "c.webp", "a.bmp")]
     batches = list(predictor.stream(files, workers=workers))
