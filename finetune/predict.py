@@ -175,6 +175,6 @@ def _refuse_other_pictures(table: GrowingFile, found: str | None, overwrite: boo
     if overwrite:
         return table.begin_anew()
     raise DataError(
-        f"The pictures have changed since {table.partial} was begun: its last row, number {table.rows}, is of {table.last}, and "
-        f"there is now {found or 'nothing'}. Restore them to go on, or give --overwrite to begin anew."
+        f"The pictures have changed since {table.partial} was begun: its last row, number {table.rows}, is of {table.last}, "
+        f"and there is now {found or 'nothing'}. Restore them to go on, or give --overwrite to begin anew."
     )

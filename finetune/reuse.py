@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from finetune.errors import ConfigError, did_you_mean
 from finetune.loading import PictureDataset
-from finetune.store import Rows, Store, format_bytes, pictures_key
+from finetune.store import Rows, Store, format_bytes, pictures_key, take
 
 ReuseType = Literal["float32", "float16"]
 
@@ -53,6 +53,7 @@ def keep(
     *,
     device: torch.device | str = "cpu",
     workers: int = 0,
+    at_once: int = 64,
     what: str = "",
     first: float = 0.0,
 ) -> Rows:
@@ -65,6 +66,7 @@ def keep(
         view: Which of the transform's random results to take.
         device: Where the network is.
         workers: Processes that read pictures.
+        at_once: How many pictures pass the network together, on which its memory depends.
         what: Said beside the progress bar.
         first: Where to begin, see `Store.make`.
 
@@ -83,9 +85,10 @@ def keep(
 
         def outputs(images: Tensor) -> Rows:
             with torch.inference_mode():
-                rows = compute(images.to(device, non_blocking=True))
+                parts = torch.split(images.to(device, non_blocking=True), at_once)
+                rows = [compute(part).float().cpu() for part in parts]
             bar.update(len(images))
-            return rows.float().cpu().numpy().astype(store.dtype)
+            return torch.cat(rows).numpy().astype(store.dtype, copy=False)
 
         store.make(load, outputs, first)
     return store.rows()
@@ -180,17 +183,17 @@ class ReuseLoader:
         size = self.pictures.batch_size or 1
         last = len(keys) - len(keys) % size if self.pictures.drop_last else len(keys)
         for start in range(0, last, size):
-            indices = torch.tensor([key[1] if isinstance(key, tuple) else key for key in keys[start : min(start + size, last)]])
-            kept = torch.from_numpy(rows[indices.numpy()])
+            indices = [key[1] if isinstance(key, tuple) else key for key in keys[start : min(start + size, last)]]
+            kept = torch.from_numpy(take(rows, indices))
             kept = kept.movedim(-1, 1) if kept.ndim == 4 else kept
-            yield {"kept": pinned(kept), "stage": stage, "label": pinned(self._labels[indices]), "index": indices}
+            yield {"kept": pinned(kept), "stage": stage, "label": pinned(self._labels[indices]), "index": torch.tensor(indices)}
 
     def _rows(self, stage: str, epoch: int) -> Rows | None:
         views = self.reuse.views if self.dataset.seed is not None else 0
         view = epoch % views if views else 0
         now = self.trainer.lightning_module.phase, stage, view  # a later phase may freeze what was trained meanwhile
         if self._served is None or self._served[0] != now:
-            rows = frozen_rows(self.trainer, self.dataset, stage, view, self.reuse, self.split, self.pictures.num_workers)
+            rows = frozen_rows(self.trainer, self.pictures, stage, view, self.reuse, self.split)
             if rows is None:
                 return None
             self._served = now, rows
@@ -221,13 +224,13 @@ def frozen_line_now(trainer: Any) -> str | None:
 
 
 def frozen_rows(
-    trainer: Any, dataset: PictureDataset, stage: str, view: int, reuse: Reuse, split: str, workers: int
+    trainer: Any, pictures: DataLoader[dict[str, Any]], stage: str, view: int, reuse: Reuse, split: str
 ) -> Rows | None:
     """Return what the stages up to `stage` make of each picture, computed unless it is kept; None if it is over the budget.
 
     Activations with height and width are kept channels last: (number, height, width, C).
     """
-    module = trainer.lightning_module
+    module, dataset = trainer.lightning_module, cast(PictureDataset, pictures.dataset)
     arithmetic = [trainer.precision, str(module.device.type), str(module.memory_layout)]
     with torch.inference_mode():
         blank = torch.zeros(1, 3, *2 * [trainer.datamodule.input_spec.size], dtype=torch.uint8, device=module.device)
@@ -253,7 +256,8 @@ def frozen_rows(
             return _channels_last(lower(images, stage))
 
     first = trainer.global_rank / trainer.world_size
-    return keep(store, compute, dataset, view, device=module.device, workers=workers, what=f"up to {stage}", first=first)
+    options: dict[str, Any] = {"workers": pictures.num_workers, "at_once": pictures.batch_size or 1, "first": first}
+    return keep(store, compute, dataset, view, device=module.device, what=f"up to {stage}", **options)
 
 
 def _channels_last(activation: Tensor) -> Tensor:

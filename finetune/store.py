@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import json
 import math
+import mmap
 import os
 import shutil
 import time
@@ -217,6 +218,7 @@ class Store:
                 for number, row in zip(numbers, compute(loaded), strict=True):
                     rows[number, : len(row)] = row
                 rows.flush()  # type: ignore[attr-defined]
+                _let_go(rows)
                 marks.seek(block)
                 marks.write(b"\1")
 
@@ -236,6 +238,20 @@ class Store:
                 f"{format_bytes(free)} are free. Make room (resnet-finetune reuse --clear), set RESNET_FINETUNE_CACHE to a "
                 "folder on a larger disk, or switch reuse off."
             )
+
+
+def take(rows: Rows, indices: Sequence[int]) -> Rows:
+    """Copy some rows out of memory-mapped ones, without leaving what was read in the memory of this process."""
+    taken: Rows = rows[list(indices)]
+    _let_go(rows)
+    return taken
+
+
+def _let_go(rows: Rows) -> None:
+    """Take pages that were read or written out of this process; they stay in the system's cache while there is room."""
+    mapped: Any = rows.base
+    if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _write(path: Path, text: str) -> None:

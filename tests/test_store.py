@@ -6,12 +6,13 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from finetune.errors import DataError
-from finetune.store import Store, clear, file_identity, key_hash, list_kept
+from finetune.store import Store, clear, file_identity, key_hash, list_kept, take
 
 COUNT = 300  # rows: four whole blocks and a part of one
 
@@ -168,3 +169,24 @@ def test_listing_and_clearing(tmp_path):
     assert all(one.bytes >= COUNT * 3 * 4 for one in kept)
     assert all(clear(one) for one in kept)
     assert list_kept(tmp_path) == []
+
+
+def test_what_was_read_does_not_stay_in_memory(tmp_path, monkeypatch):
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        pytest.skip("needs /proc")
+
+    def mapped():
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("RssFile")) / 1000
+
+    monkeypatch.setenv("RESNET_FINETUNE_CACHE", str(tmp_path))
+    store = Store({"of": "memory"}, (256, 256 * 1024), "float32", {})  # 1 MB a row
+    before = mapped()
+    store.make(lambda ranges: iter(ranges), lambda numbers: [np.full(256 * 1024, n, np.float32) for n in numbers])
+    rows = store.rows()
+    for start in range(0, 256, 32):
+        taken = take(rows, range(start, start + 32))
+        assert taken[:, 5].tolist() == list(range(start, start + 32))
+    assert mapped() - before < 100  # of 268
+    assert rows[:, 0].tolist() == list(range(256))
+    assert mapped() - before > 0.9
