@@ -119,8 +119,8 @@ def export(
     files, where = _pictures_of(trained, pictures)
     partial = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         write: Callable[[Trained, FinetuneModule, Path], Path] = _WRITERS[format]
         written = write(trained, module, partial)
         comparison = _compare(trained, written, files)
@@ -169,7 +169,9 @@ def _write_torch_export(trained: Trained, module: FinetuneModule, folder: Path) 
             network, (_example(trained),), dynamic_shapes={"images": {0: torch.export.Dim("batch")}}, strict=False
         )
     path = folder / "model.pt2"
-    torch.export.save(program, path, extra_files={"resnet-finetune.json": facts(trained)})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "No complete tensor found in the group")  # of weights with channels last
+        torch.export.save(program, path, extra_files={"resnet-finetune.json": facts(trained)})
     return path
 
 
