@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from finetune.freezing import Phase as Phase
     from finetune.freezing import plan as plan
     from finetune.module import FinetuneModule as FinetuneModule
+    from finetune.predictor import Prediction as Prediction
+    from finetune.predictor import Predictor as Predictor
     from finetune.stages import Stage as Stage
     from finetune.transforms import InputSpec as InputSpec
 
@@ -39,6 +41,8 @@ _HOME = {
     "FolderDataModule": "data",
     "InputSpec": "transforms",
     "Phase": "freezing",
+    "Prediction": "predictor",
+    "Predictor": "predictor",
     "Stage": "stages",
     "WeightsError": "errors",
     "plan": "freezing",

@@ -115,13 +115,13 @@ class DistillModule(FinetuneModule):
             loss = loss + options["logits_weight"] * heat**2 * divergence
         return loss
 
-    def _step(self, batch: Any, split: str) -> Tensor:
+    def _step(self, batch: Any, split: str) -> dict[str, Tensor]:
         target = batch["target"]
         loss = self.distance(features_in(self, batch["image"], target.shape[-1]), target)
         self.log(
             f"{split}/loss", loss, on_step=False, on_epoch=True, batch_size=len(batch["index"]), prog_bar=True, sync_dist=True
         )
-        return loss
+        return {"loss": loss}
 
     def _log_metrics(self, split: str) -> None:
         """Nothing is classified."""

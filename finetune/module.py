@@ -187,13 +187,13 @@ class FinetuneModule(StagedModule):
         found = f"a mapping with {sorted(batch)}" if isinstance(batch, Mapping) else type(batch).__name__
         raise DataError(f"Expected a batch with 'image' and 'label', or a pair (images, labels); found {found}.")
 
-    def _step(self, batch: Any, split: str) -> Tensor:
+    def _step(self, batch: Any, split: str) -> dict[str, Tensor]:
         images, labels = self.unpack(batch)
         logits = self(images)
         loss = self.loss(logits, labels)
         self._metrics_of(split).update(logits.detach(), labels)
         self.log(f"{split}/loss", loss, on_step=False, on_epoch=True, batch_size=len(labels), sync_dist=True)
-        return loss
+        return {"loss": loss, "logits": logits.detach(), "labels": labels}
 
     def _metrics_of(self, split: str) -> MetricCollection:
         metrics = self.metrics[f"{split}_metrics"]
@@ -209,15 +209,15 @@ class FinetuneModule(StagedModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a training batch."""
-        return self._step(batch, "train")
+        return self._step(batch, "train")["loss"]
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Add a validation batch to the metrics."""
-        self._step(batch, "val")
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """Add a validation batch to the metrics; return its loss, logits and labels."""
+        return self._step(batch, "val")
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Add a test batch to the metrics."""
-        self._step(batch, "test")
+    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """Add a test batch to the metrics; return its loss, logits and labels."""
+        return self._step(batch, "test")
 
     def on_train_epoch_end(self) -> None:
         """Log the training metrics of the epoch."""

@@ -24,6 +24,7 @@ from finetune.arguments import resolve
 from finetune.callbacks import EpochLine, PhaseEarlyStopping
 from finetune.defaults import RunOptions, trainer_defaults
 from finetune.errors import ConfigError
+from finetune.keep_outcomes import KeepOutcomes
 from finetune.module import FinetuneModule
 from finetune.parser import Parser, instantiate, own_errors
 from finetune.runs import CHECKPOINTS, CONFIG, RESUMED_CONFIG, AtomicCheckpointIO, RunLogger, new_run, run_of
@@ -244,7 +245,7 @@ class FinetuneCLI(LightningCLI):
             where: dict[str, Any] = {"dirpath": run_folder / CHECKPOINTS, "save_on_train_epoch_end": True}
             where["enable_version_counter"] = False
             self.best = ModelCheckpoint(filename="best", monitor=options.monitor, mode=mode, **where)
-            callbacks += [self.best, ModelCheckpoint(filename="last", **where)]
+            callbacks += [KeepOutcomes(run_folder, self.best), self.best, ModelCheckpoint(filename="last", **where)]
         if options.patience is not None:
             callbacks.append(PhaseEarlyStopping(options.monitor, mode=mode, patience=options.patience))
         return callbacks

@@ -55,6 +55,7 @@ ORDER = [
     "runs",
     "arguments",
     "callbacks",
+    "keep_outcomes",
     "parser",
     "defaults",
     "calibration",
