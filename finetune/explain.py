@@ -162,6 +162,8 @@ def explain(
         raise ConfigError(f"Expected --neighbours of at least 0 and --most of at least 1, found {neighbours} and {most}.")
     predictor = Predictor(model, device=device)
     module = predictor.trained.require_module()
+    if stage is not None:
+        require_stage(stage, [each.name for each in module.stages])
     true: dict[str, str] = {}
     if mistakes:
         true = _mistakes(predictor, most)
