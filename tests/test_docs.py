@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -84,3 +85,25 @@ def test_policies_of_the_freezing_guide_are_plans():
 
 def test_changelog_has_the_version():
     assert f"## [{finetune.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.usefixtures("world")
+def test_the_guide_to_what_comes_after_runs_as_written():
+    page = ROOT / "docs" / "after_training.md"
+    for old, new in (("a.jpg", "new/a.bmp"), ("b.png", "new/b/2.png")):
+        shutil.copy(new, old)
+    for label in ("bee", "wasp"):
+        shutil.copytree("new/b", f"labelled/{label}")
+    (code,) = blocks(page, "python")
+    variables = {}
+    exec(compile(code.replace("runs/small/2026-01-31_12-00-00", "runs/mine/1"), page.name, "exec"), variables)
+    assert variables["probabilities"].shape == (1, 4)
+    ran = set()
+    for line in commands(page):
+        words = ["runs/mine/1" if word == "RUN" else word for word in shlex.split(line)[1:]]
+        if "--mistakes" in words:  # of a run that measured itself
+            continue
+        words += {"explain": ["--neighbours", "0"], "export": ["--pictures", "new"]}.get(words[0], [])
+        main(words)
+        ran.add(words[0])
+    assert ran == {"predict", "evaluate", "explain", "export"}
