@@ -200,6 +200,7 @@ def _write_timm(trained: Trained, module: FinetuneModule, folder: Path) -> Path:
     own = {"input": checkpoints.plain(asdict(spec)), "temperature": trained.temperature}
     config = {"num_classes": len(trained.classes), "label_names": list(trained.classes), TIMM_KEY: own}
     save_for_hf(network, str(folder), model_config=config, model_args=options["backbone_args"] or {}, safe_serialization=True)
+    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)  # it comes out for its owner alone
     return folder
 
 

@@ -1,15 +1,20 @@
 """The tables of a run against its checkpoints, computed again; they are those of the best epoch, not of the last."""
 
 import csv
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import lightning as L
 import numpy as np
 import pytest
+import timm
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
 
+import finetune
 from finetune import FinetuneModule, FolderDataModule
 from finetune.keep_outcomes import KeepOutcomes
 from finetune.main import main
@@ -66,3 +71,33 @@ def test_data_without_file_names(tmp_path):
         expected = model.eval()(data.pictures).softmax(1)
     np.testing.assert_allclose(outcome.probabilities, expected.numpy(), atol=1e-5)
     assert outcome.classes == ("0", "1", "2")
+
+
+def test_two_processes_keep_frozen_work_together_and_count_every_picture_once(tmp_path):
+    """269 test pictures do not divide by two."""
+    words = [
+        "fit",
+        "--config",
+        "linear_probe",
+        "--model.backbone",
+        "test_resnet",
+        "--model.weights",
+        str(tmp_path / "start.pth"),
+    ]
+    words += ["--data.image_size", "32", "--data.workers", "0", "--data.test_fraction", "0.1", "--data.val_fraction", "0.3"]
+    words += ["--trainer.devices", "2", "--trainer.accelerator", "cpu", "--trainer.max_epochs", "2"]
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "start.pth")
+    environment = {**os.environ, "RESNET_FINETUNE_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(Path(finetune.__file__).parent.parent / "cli.py"), *words]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "runs" / "linear_probe").iterdir()
+    with (run / "predictions.test.csv").open(newline="") as file:
+        assert len({row["file"] for row in csv.DictReader(file)}) == 269
+    for split in ("val", "test"):
+        outcome = read_outcome(run / f"predictions.{split}.csv")
+        np.testing.assert_allclose(outcome.probabilities, Predictor(run).probabilities(outcome.files), atol=1e-4)
+    stores = list((tmp_path / "cache" / "kept").iterdir())
+    assert len(stores) == 2  # training and validation, whoever made them
+    assert all((store / "about.json").is_file() for store in stores)
