@@ -58,9 +58,9 @@ def predict_to_file(
     """
     if topk < 1 or batch_size < 1:
         raise ConfigError(f"Expected --topk and --batch_size to be at least 1, found {topk} and {batch_size}.")
+    predictor = Predictor(model, device=device, tta=tta, temperature=temperature, batch_size=batch_size)
     places = Pictures(tuple(pictures), files_from)
     total = places.count()
-    predictor = Predictor(model, device=device, tta=tta, temperature=temperature, batch_size=batch_size)
     if workers is None and total <= batch_size:
         workers = 0
     options = {

@@ -247,7 +247,7 @@ def test_another_class_has_its_own_defaults(tmp_path, words, made):
         (["fit", "--model.lr", "fast"], "expected float; found 'fast'"),
         (["ft"], "Did you mean 'fit'?"),
         (["predict", "nothing.ckpt", "photos"], "no checkpoint nothing.ckpt"),
-        (["predict", "--topp", "3"], "required"),
+        (["predict", "--topp", "3"], "Did you mean '--topk'"),
         (["recipes", "--cpy", "small", "x"], "Did you mean '--copy'?"),
         (["recipes", "--copy", "smal", "x.yaml"], "Did you mean 'small'?"),
         (["stages", "resnt18"], "Did you mean 'resnet18'?"),
