@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from finetune.outcomes import Outcome, write_outcome
 from finetune.predictor import Augmentations, Predictor
 from finetune.runs import run_of
 from finetune.scores import Interval, confused_pairs, confusion, ece, metrics, per_class, selective
+from finetune.whole import new_folder, require_free
 
 THRESHOLDS = (0.5, 0.8, 0.9, 0.95, 0.99)
 _MOST_ROWS = 30  # of a table on the console
@@ -74,8 +73,7 @@ def evaluate(
     trained = predictor.trained
     pictures = _pictures(predictor, folder, wanted)
     target = Path(out) if out else _place(trained.path, pictures)
-    if target.exists() and not overwrite:
-        raise ConfigError(f"{target} exists already and is not overwritten: give another --out, or --overwrite.")
+    require_free(target, overwrite)
     if calibrate:
         raw = Predictor(model, temperature=1.0, **reading)
         _calibrate(raw, workers)
@@ -91,7 +89,8 @@ def evaluate(
         "metrics": {name: interval._asdict() for name, interval in found.items()},
         "selective": [dict(zip(_SELECTIVE, row, strict=True)) for row in _selective(outcome, threshold)],
     }
-    _write(target, outcome, report, overwrite)
+    with new_folder(target) as partial:
+        _write(partial, outcome, report)
     print(_text(outcome, found, threshold, pictures.name, predictor.trained.temperature))
     print(f"files  {target}/  ({', '.join(sorted(path.name for path in target.iterdir()))})")
     return target
@@ -174,27 +173,15 @@ def _selective(outcome: Outcome, thresholds: Iterable[float]) -> list[tuple[floa
     return [(threshold, coverage, None if math.isnan(accuracy) else accuracy) for threshold, coverage, accuracy in rows]
 
 
-def _write(target: Path, outcome: Outcome, report: Mapping[str, Any], overwrite: bool) -> None:
-    """Write the tables beside their place and move them there when all are complete."""
-    partial = target.with_name(f"{target.name}.part")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write_outcome(outcome, partial / "predictions.csv")
-        (partial / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
-        columns = per_class(outcome)
-        rows = [[name, *(f"{column[i]:.6g}" for column in columns.values())] for i, name in enumerate(outcome.classes)]
-        _write_csv(partial / "per_class.csv", [["class", *columns], *rows])
-        table = confusion(outcome).tolist()
-        rows = [[name, *map(str, row)] for name, row in zip(outcome.classes, table, strict=True)]
-        _write_csv(partial / "confusion.csv", [["true \\ taken for", *outcome.classes], *rows])
-        if overwrite:
-            shutil.rmtree(target, ignore_errors=True)
-        os.replace(partial, target)
-    except OSError as error:
-        raise ConfigError(f"{target} cannot be written: {error.strerror or error}. Give another --out.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+def _write(folder: Path, outcome: Outcome, report: Mapping[str, Any]) -> None:
+    write_outcome(outcome, folder / "predictions.csv")
+    (folder / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
+    columns = per_class(outcome)
+    rows = [[name, *(f"{column[i]:.6g}" for column in columns.values())] for i, name in enumerate(outcome.classes)]
+    _write_csv(folder / "per_class.csv", [["class", *columns], *rows])
+    table = confusion(outcome).tolist()
+    rows = [[name, *map(str, row)] for name, row in zip(outcome.classes, table, strict=True)]
+    _write_csv(folder / "confusion.csv", [["true \\ taken for", *outcome.classes], *rows])
 
 
 def _write_csv(path: Path, rows: Iterable[Sequence[str]]) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -28,6 +26,7 @@ from finetune.sample import BUILT_IN
 from finetune.staged import StagedModule
 from finetune.trained import INSTALL_EXPORT, ONNX_KEY, TIMM_KEY, Trained, facts, open_trained
 from finetune.walk import Pictures
+from finetune.whole import new_folder, require_free
 
 Format = Literal["onnx", "torch_export", "timm"]
 
@@ -114,24 +113,13 @@ def export(
     trained = open_trained(model, "cpu", temperature)
     module = trained.require_module()
     folder = Path(out) if out else (run_of(trained.path) or trained.path.parent) / "export" / format
-    if folder.exists() and not overwrite:
-        raise ConfigError(f"{folder} exists already and is not overwritten: give another --out, or --overwrite.")
+    require_free(folder, overwrite)
     files, where = _pictures_of(trained, pictures)
-    partial = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    with new_folder(folder) as partial:
         write: Callable[[Trained, FinetuneModule, Path], Path] = _WRITERS[format]
-        written = write(trained, module, partial)
-        comparison = _compare(trained, written, files)
+        comparison = _compare(trained, write(trained, module, partial), files)
         _require_equal(comparison, folder)
         write_model_card(partial / "README.md", trained, format, f"{comparison} ({where})")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
-    except OSError as error:
-        raise ConfigError(f"{folder} cannot be written: {error.strerror or error}. Give another --out.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}\n{comparison} ({where})")
     return folder
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import ConfigError
+from finetune.whole import require_free
 
 
 class GrowingFile:
@@ -35,8 +36,7 @@ class GrowingFile:
     def __init__(self, target: Path, options: Mapping[str, Any], overwrite: bool = False) -> None:
         if target.is_dir():
             raise ConfigError(f"{target} is a folder, expected the name of a file to write: give another --out.")
-        if target.exists() and not overwrite:
-            raise ConfigError(f"{target} exists already and is not overwritten: give another --out, or --overwrite.")
+        require_free(target, overwrite)
         self.target = target
         self.options = dict(options)
         self.partial = target.with_name(f"{target.name}.part")

@@ -15,6 +15,7 @@ ORDER = [
     "version",
     "errors",
     "randomness",
+    "whole",
     "recipe_files",
     "hardware",
     "schedules",
