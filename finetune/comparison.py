@@ -13,9 +13,10 @@ import numpy as np
 from finetune import scores
 from finetune.curve_figures import named_curves
 from finetune.errors import ConfigError
+from finetune.figure_style import style_of
 from finetune.figures import split_metrics
 from finetune.page import drawn, render, seconds, value_text, write_page
-from finetune.report import REPORT, typed, write_report
+from finetune.report import REPORT, write_report
 from finetune.run_files import Curve, RunFiles, find_run, flat
 
 COMPARISON = "comparison.html"
@@ -70,7 +71,8 @@ def content(files: Sequence[RunFiles], beside: Path) -> dict[str, Any]:
     curves = _curves(dict(zip(names, files, strict=True)))
     figures = {f"curve-{number}": named_curves(metric, lines) for number, (metric, lines) in enumerate(curves.items())}
     return {
-        "runs": [_run(name, run, beside) for name, run in zip(names, files, strict=True)],
+        "runs": [_run(number, name, run, beside) for number, (name, run) in enumerate(zip(names, files, strict=True))],
+        "different": _different(files),
         "results": list(_results(files)),
         "figures": drawn(figures),
         "options": list(differences([dict(flat(run.config)) for run in files])),
@@ -104,10 +106,21 @@ def differences(options: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]
             yield {"name": name, "values": values}
 
 
-def _run(name: str, run: RunFiles, beside: Path) -> dict[str, Any]:
+def _different(files: Sequence[RunFiles]) -> str:
+    """Say so if the runs were measured on different pictures."""
+    data = [run.record.get("data") or {} for run in files]
+    known = {each.get("fingerprint") for each in data} - {None}
+    if len(known) < 2:
+        return ""
+    roots = sorted({str(each.get("root")) for each in data})
+    where = f" ({', '.join(roots)})" if len(roots) > 1 else ", though they lay in the same folder"
+    return f"These runs were trained and measured on different pictures{where}: which value is better says little."
+
+
+def _run(number: int, name: str, run: RunFiles, beside: Path) -> dict[str, Any]:
     report = run.folder / REPORT
     link = quote(Path(os.path.relpath(report, beside)).as_posix()) if report.is_file() else ""
-    return {"name": name, "path": typed(run.folder), "state": run.record.get("state") or "", "link": link}
+    return {"name": name, "state": run.record.get("state") or "", "link": link, "colour": style_of(number)["color"]}
 
 
 def _results(files: Sequence[RunFiles]) -> Iterator[dict[str, Any]]:

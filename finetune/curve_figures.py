@@ -182,9 +182,9 @@ def _edges(curves: Iterable[Curve]) -> np.ndarray:
     places = np.unique(np.concatenate([curve.x for curve in curves]))
     if len(places) == 1:
         return np.array([places[0], places[0] + 1])
-    length = places[-1] - places[0]
-    columns = min(_COLUMNS, round(length / np.diff(places).min()) + 1)
-    return np.linspace(places[0], places[-1] + length / (columns - 1), columns + 1)
+    gap = np.diff(places).min()
+    columns = min(_COLUMNS, round((places[-1] - places[0]) / gap) + 1)
+    return np.linspace(places[0], places[-1] + gap, columns + 1)
 
 
 def _binned(curve: Curve, edges: np.ndarray) -> np.ndarray:

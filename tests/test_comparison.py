@@ -77,6 +77,14 @@ def test_a_run_that_has_done_nothing_and_one_with_other_classes(past_run, tmp_pa
     read_page(compare([empty, runs[0]], tmp_path / "out.html"))
 
 
+def test_other_pictures_are_said_to_be_others(two, tmp_path, read_page):
+    said = "different pictures"
+    assert said not in " ".join(read_page(compare(two, tmp_path / "out.html")).text)
+    record = two[1] / "record.json"
+    record.write_text(record.read_text().replace("beef", "f00d"))
+    assert said in " ".join(read_page(compare(two, tmp_path / "out.html")).text)
+
+
 def test_reports_are_linked_from_where_the_page_lies(two, tmp_path, read_page):
     (two[0] / "report.html").touch()
     page = read_page(compare(two, tmp_path / "out.html"))

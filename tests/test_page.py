@@ -9,7 +9,7 @@ import pytest
 from finetune.errors import ConfigError
 from finetune.page import TEMPLATES, render, seconds, value_text, write_page
 
-EMPTY = {"runs": [], "results": [], "figures": {}, "options": [], "classes": []}
+EMPTY = {"runs": [], "different": "", "results": [], "figures": {}, "options": [], "classes": []}
 
 
 def test_only_the_shipped_script_may_run():
@@ -21,10 +21,11 @@ def test_only_the_shipped_script_may_run():
 
 
 def test_a_name_is_text_wherever_it_stands():
-    run = {"name": "</style><script>alert(1)</script>", "path": '"><img src=x>', "state": '" onclick="x', "link": ""}
+    run = {"name": "</style><script>alert(1)</script>", "state": '" onclick="x', "link": '"><img src=x>', "colour": ""}
     page = render("comparison.html", **{**EMPTY, "runs": [run, run]})
     assert "<script>alert" not in page
     assert 'onclick="x' not in page
+    assert "<img" not in page
 
 
 def test_a_name_in_another_encoding_does_not_stop_the_page(tmp_path):
