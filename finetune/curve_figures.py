@@ -103,7 +103,7 @@ def stage_heatmap(
         broken: By stage, how many values were not finite; where there was one, a cross is drawn.
     """
     from matplotlib.colors import LogNorm
-    from matplotlib.ticker import LogLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator
 
     figure, axes = new_axes(0.9 + 0.27 * max(4, len(curves)), title, unit, grid="none")
     edges = _edges(curves.values())
@@ -122,7 +122,7 @@ def stage_heatmap(
             at = bad.x[bad.y > 0]
             axes.plot(at, np.full(len(at), row), "x", color=RED, markersize=6, markeredgewidth=1.6, clip_on=False)
     bar = figure.colorbar(image, ax=axes, pad=0.02, fraction=0.06, format="{x:g}")
-    bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12) if high < 50 * low else LogLocator(numticks=6))
+    bar.ax.yaxis.set_major_locator(MaxNLocator(4) if high < 20 * low else LogLocator(numticks=6))
     bar.ax.minorticks_off()
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8, colors=FAINT, labelcolor=INK, which="both", width=0.6)
@@ -163,7 +163,6 @@ def _mark_spans(axes: Axes, spans: Sequence[Span]) -> None:
         place: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "bottom"}
         axes.text((start + end) / 2, 1.01, label(name, 60), fontsize=7.5, color=FAINT, **place)
     axes.set_xlim(low, high)
-    axes.set_title(axes.get_title(loc="left"), loc="left", fontsize=10, fontweight="bold", color=INK, pad=16)
 
 
 def _alike(rates: Mapping[str, Curve]) -> list[tuple[str, Curve]]:

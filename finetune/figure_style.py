@@ -48,10 +48,15 @@ def new_axes(height: float, title: str, x: str = "", y: str = "", grid: str = "y
         grid: Whose ticks have lines: x, y, both or none.
     """
     figure = new_figure(height)
+    add_title(figure, title)
     axes = figure.subplots()
-    axes.set_title(label(title, 80), loc="left", fontsize=10, fontweight="bold", color=INK)
     dress(axes, x, y, grid)
     return figure, axes
+
+
+def add_title(figure: Figure, title: str) -> None:
+    """Write the title above all axes, at the left edge of the figure."""
+    figure.suptitle(label(title, 60), x=0.015, ha="left", fontsize=10, fontweight="bold", color=INK)
 
 
 def dress(axes: Axes, x: str = "", y: str = "", grid: str = "y") -> None:

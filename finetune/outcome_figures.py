@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from finetune import scores
-from finetune.figure_style import BLUE, COLOURS, FAINT, INK, RED, dress, label, labels, new_axes, new_figure
+from finetune.figure_style import BLUE, COLOURS, FAINT, INK, RED, add_title, dress, label, labels, new_axes, new_figure
 from finetune.outcomes import Outcome
 
 if TYPE_CHECKING:
@@ -32,10 +32,10 @@ def confusion_matrix(outcome: Outcome, *, normalised: bool = False, title: str =
     shown = most_confused_classes(whole)
     matrix, support = whole[np.ix_(shown, shown)], whole.sum(1)[shown]
     share = matrix / np.maximum(support, 1)[:, None]
-    height = max(2.4, min(5.4, 1.5 + 0.34 * len(shown)))
+    height = max(2.4, min(4.9, 1.5 + 0.34 * len(shown)))
     figure, axes = new_axes(
         height,
-        title or _title("Confusion, % of each true class" if normalised else "Confusion, pictures", outcome, shown),
+        title or _title("Confusion, % of the true class" if normalised else "Confusion, pictures", outcome, shown),
         grid="none",
     )
     axes.imshow(_paint(share), aspect="equal", interpolation="nearest")
@@ -109,8 +109,7 @@ def reliability(outcome: Outcome, bins: int = 15) -> Figure:
     filled = [b for b in scores.calibration(outcome, bins) if b.count]
     figure = new_figure(3.6)
     axes, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    title = f"Calibration: expected error (ECE) {scores.ece(outcome, bins):.3f}"
-    axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK)
+    add_title(figure, f"Calibration: expected error (ECE) {scores.ece(outcome, bins):.3f}")
     dress(axes, y="share that is right")
     dress(below, "confidence", "pictures")
     left, width = [b.low + 0.003 for b in filled], 1 / bins - 0.006
@@ -138,7 +137,7 @@ def picture_grid(title: str, pictures: Sequence[np.ndarray | None], captions: Se
     columns = max(1, min(columns, len(pictures)))
     rows = -(-len(pictures) // columns)
     figure = new_figure(0.4 + 1.35 * rows, 1.2 * columns + 0.2)
-    figure.suptitle(label(title, 80), x=0.01, ha="left", fontsize=10, fontweight="bold", color=INK)
+    add_title(figure, title)
     cells = figure.subplots(max(1, rows), columns, squeeze=False).ravel()
     for cell in cells:
         cell.set_axis_off()
@@ -186,4 +185,4 @@ def _short(names: Sequence[str]) -> bool:
 
 def _title(what: str, outcome: Outcome, shown: np.ndarray) -> str:
     whole = len(outcome.classes)
-    return what if len(shown) == whole else f"{what}: the worst {len(shown)} of {whole} classes"
+    return what if len(shown) == whole else f"{what}: {len(shown)} of {whole} classes"

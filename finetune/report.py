@@ -15,7 +15,7 @@ from finetune.figures import of_run
 from finetune.outcomes import Outcome
 from finetune.page import drawn, render, seconds, value_text, write_page
 from finetune.run_files import RunFiles, flat
-from finetune.runs import CONFIG
+from finetune.runs import CHECKPOINTS, CONFIG
 from finetune.sample import BUILT_IN
 from finetune.thumbnails import data_uri, thumbnail
 
@@ -38,7 +38,8 @@ _OPTIONS = {
     "BatchNorm": ("model.bn",),
     "optimizer": ("model.optimizer", "model.optimizer_args", "model.weight_decay"),
     "learning rate": ("model.lr", "model.lr_decay", "model.lr_scale", "model.schedule", "model.warmup_epochs"),
-    "regularisation": ("model.label_smoothing", "data.augment"),
+    "augmentation": ("data.augment", "data.hflip"),
+    "label smoothing": ("model.label_smoothing",),
     "batch": ("data.batch_size", "trainer.accumulate_grad_batches", "trainer.precision"),
     "seed": ("seed_everything",),
 }
@@ -64,9 +65,9 @@ def write_report(run: str | os.PathLike[str], out: str | os.PathLike[str] | None
 def content(files: RunFiles) -> dict[str, Any]:
     """Return what the template of the report shows."""
     figures = drawn(of_run(files))
-    split, outcome = next(iter(files.outcomes.items()), (None, None))
+    outcome = next(iter(files.outcomes.values()), None)
     wrong = 0 if outcome is None else int((outcome.predicted != outcome.labels).sum())
-    facts = list(_facts(files))
+    rows = _metric_rows(files)
     return {
         "name": f"{files.folder.absolute().parent.name}/{files.folder.absolute().name}",
         "path": typed(files.folder),
@@ -76,15 +77,15 @@ def content(files: RunFiles) -> dict[str, Any]:
         "lead": _lead(files),
         "error": files.record.get("error"),
         "numbers": list(_numbers(files)),
-        "facts": facts,
+        "facts": list(_facts(files)),
         "stages": list(_stages(files)),
         "phases": list(_phases(files)),
         "augmented": _augmented(files),
         "figures": figures,
         "training_figures": any(name in figures for name in ("loss", "metrics", "learning_rates", "gradient_flow")),
         "splits": [{"name": name, "pictures": len(found)} for name, found in files.outcomes.items()],
-        "split": split,
-        "metric_rows": _metric_rows(files),
+        "metric_rows": rows,
+        "intervals": any(cell["range"] for row in rows for cell in row["cells"]),
         "classes": [] if outcome is None else list(_classes(outcome)),
         "mistakes": [] if outcome is None else list(_mistakes(outcome, data_root(files))),
         "wrong": wrong,
@@ -170,7 +171,7 @@ def _facts(files: RunFiles) -> Iterator[tuple[str, str]]:
 
 def _said(path: str, value: Any, alone: bool) -> str:
     own = path.rpartition(".")[2]
-    return value_text(value) if alone or own in ("optimizer", "lr", "schedule") else f"{own} {value_text(value)}"
+    return value_text(value) if alone or own in ("optimizer", "lr", "schedule", "augment") else f"{own} {value_text(value)}"
 
 
 def _stages(files: RunFiles) -> Iterator[dict[str, str]]:
@@ -263,9 +264,11 @@ def _commands(files: RunFiles) -> Iterator[dict[str, str]]:
     if (files.folder / CONFIG).is_file():
         again = f"resnet-finetune fit --config {run}/{CONFIG}"
         yield {"name": "The same options, whatever recipes or defaults change", "text": again}
-    if files.record.get("state") in ("running", "stopped", "failed"):
+    kept = {path.name for path in (files.folder / CHECKPOINTS).glob("*.ckpt")}
+    if "last.ckpt" in kept and files.record.get("state") != "finished":
         yield {"name": "Go on from its last checkpoint", "text": f"resnet-finetune fit --ckpt_path {run}"}
-    yield {"name": "Use it", "text": f"resnet-finetune predict {run} PICTURES --out predictions.csv"}
+    if kept:
+        yield {"name": "Use it", "text": f"resnet-finetune predict {run} PICTURES --out predictions.csv"}
 
 
 def _config_text(files: RunFiles) -> str:

@@ -43,7 +43,7 @@ def test_figures_leave_no_trace_in_pyplot():
     import matplotlib.pyplot as plt
 
     before = plt.get_fignums()
-    figure, axes = new_axes(3.0, "title", "x", "y")
+    figure, _ = new_axes(3.0, "title", "x", "y")
     figure.canvas.draw()
     assert plt.get_fignums() == before
-    assert axes.get_title(loc="left") == "title"
+    assert figure.get_suptitle() == "title"

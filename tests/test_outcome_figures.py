@@ -55,7 +55,7 @@ def test_of_many_classes_those_with_mistakes_are_shown():
     names = ticks(figure.axes[0].yaxis)
     assert len(names) == MANY
     assert min(mistakes[int(name.split()[1])] for name in names) >= np.sort(mistakes)[-MANY]
-    assert "30 of 200" in figure.axes[0].get_title(loc="left")
+    assert "30 of 200" in figure.get_suptitle()
     figure.canvas.draw()
 
 
@@ -103,7 +103,7 @@ def test_reliability_of_a_case_by_hand():
     shares = np.array([[0.9, 0.1], [0.9, 0.1], [0.1, 0.9], [0.6, 0.4]])
     found = Outcome(list("abcd"), np.array([0, 0, 0, 0]), shares, ("x", "y"))
     figure = reliability(found, bins=10)
-    assert "0.275" in figure.axes[0].get_title(loc="left")
+    assert "0.275" in figure.get_suptitle()
     is_right = figure.axes[0].containers[0]
     assert [(round(bar.get_x(), 9), bar.get_height()) for bar in is_right] == [(0.503, 1.0), (0.803, pytest.approx(2 / 3))]
     assert [bar.get_height() for bar in figure.axes[1].patches] == [1, 3]

@@ -113,7 +113,10 @@ def test_a_running_run_says_so_and_how_it_goes_on(past_run, read_page):
     record.write_text(record.read_text().replace("finished", "running"))
     text = " ".join(read_page(write_report(run)).text)
     assert "running" in text
-    assert "--ckpt_path" in text
+    assert "--ckpt_path" not in text  # there is none yet
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "last.ckpt").touch()
+    assert "--ckpt_path" in " ".join(read_page(write_report(run)).text)
 
 
 def test_two_hundred_classes(past_run, read_page):
