@@ -1,5 +1,8 @@
 """The report, read with the standard library's parser: whole, self-contained, right, and safe whatever things are called."""
 
+import re
+from pathlib import Path
+
 import pytest
 from sklearn.metrics import precision_recall_fscore_support
 
@@ -125,3 +128,13 @@ def test_two_hundred_classes(past_run, read_page):
     assert set(page.ids()) >= FIGURES
     assert sum(bool(row) and row[0].startswith("class 1") for row in page.rows) == 100
     assert (run / "report.html").stat().st_size < 3_000_000
+
+
+def test_the_guide_runs_as_written(past_run, tmp_path):
+    guide = Path(__file__).parents[1] / "docs" / "report.md"
+    (code,) = re.findall(r"```python\n(.*?)```", guide.read_text(), re.DOTALL)
+    run = past_run()
+    exec(compile(code, guide.name, "exec"), {"run": str(run), "out": tmp_path})
+    assert (tmp_path / "confusion.pdf").read_bytes().startswith(b"%PDF")
+    assert {"loss.png", "gradient_flow.png", "reliability.png"} <= {path.name for path in tmp_path.glob("*.png")}
+    assert (run / "report.html").is_file()
