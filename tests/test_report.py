@@ -1,11 +1,13 @@
 """The report, read with the standard library's parser: whole, self-contained, right, and safe whatever things are called."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 from sklearn.metrics import precision_recall_fscore_support
 
+from finetune.main import main
 from finetune.outcomes import read_outcome
 from finetune.report import write_report
 
@@ -138,3 +140,44 @@ def test_the_guide_runs_as_written(past_run, tmp_path):
     assert (tmp_path / "confusion.pdf").read_bytes().startswith(b"%PDF")
     assert {"loss.png", "gradient_flow.png", "reliability.png"} <= {path.name for path in tmp_path.glob("*.png")}
     assert (run / "report.html").is_file()
+
+
+TINY = ["--model.backbone", "test_resnet", "--model.weights", "none", "--data.workers", "0", "--data.batch_size", "64"]
+SHORT = ["--trainer.max_epochs", "2", "--trainer.limit_train_batches", "2", "--model.freezing", "lp_ft"]
+
+
+@pytest.fixture
+def fit(tmp_path, monkeypatch):
+    """Return a function that trains for a moment and returns the run's folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+
+    def train(*words):
+        main(["fit", *TINY, *SHORT, *words])
+        (run,) = (tmp_path / "runs" / "run").iterdir()
+        return run
+
+    return train
+
+
+@pytest.mark.filterwarnings("ignore:.*no pretrained weights.*")
+def test_training_ends_with_a_report(fit, read_page):
+    run = fit()
+    page = read_page(run / "report.html")
+    page.assert_self_contained()
+    assert {"augmented", "loss", "metrics", "learning_rates", "confusion", "reliability"} <= set(page.ids())
+    assert [row[0] for row in page.rows if row and row[0] in "0123456789"] == list("0123456789")
+    images = [attributes["src"] for tag, attributes in page.elements if tag == "img"]
+    assert len(images) == 25  # the sheet, and the mistakes
+    assert "missing or unreadable" not in " ".join(page.text)
+
+
+@pytest.mark.filterwarnings("ignore:.*no pretrained weights.*")
+def test_a_report_that_fails_does_not_fail_the_training(fit, monkeypatch, capsys):
+    monkeypatch.setattr("finetune.training.write_report", lambda run: 1 / 0)
+    run = fit()
+    assert (run / "checkpoints" / "best.ckpt").is_file()
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: The report")]
+    assert said == [
+        f"warning: The report could not be written (division by zero). Try again: resnet-finetune report runs/run/{run.name}"
+    ]
