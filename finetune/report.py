@@ -34,6 +34,7 @@ _METRICS = {
     "ece": "expected calibration error; less is better",
 }
 _OPTIONS = {
+    "teacher": ("data.teacher", "data.teacher_weights"),
     "freezing policy": ("model.freezing",),
     "BatchNorm": ("model.bn",),
     "optimizer": ("model.optimizer", "model.optimizer_args", "model.weight_decay"),
@@ -122,7 +123,7 @@ def _lead(files: RunFiles) -> str:
     classes, counts = data.get("classes") or [], {split: sum(n) for split, n in (data.get("counts") or {}).items() if n}
     purposes = {"train": "training", "val": "validation", "test": "the test"}
     numbers = [f"{number:,} for {purposes.get(split, split)}" for split, number in counts.items() if number]
-    root = Path(str(data.get("root") or options.get("data.root") or "pictures")).name
+    root = Path(value_text(data.get("root") or options.get("data.root") or options.get("data.pictures") or "pictures")).name
     text = f"{trained} on {root}" + (f": {len(classes)} classes" if classes else "")
     return f"{text}; pictures: {', '.join(numbers)}." if numbers else f"{text}."
 
@@ -159,19 +160,25 @@ def _facts(files: RunFiles) -> Iterator[tuple[str, str]]:
     if weights:
         yield "weights", str(weights).removeprefix("weights: ")
     data = record.get("data") or {}
-    if data.get("root") or options.get("data.root"):
-        yield "data", str(data.get("root") or options["data.root"])
+    if root := data.get("root") or options.get("data.root") or options.get("data.pictures"):
+        yield "data", value_text(root)
     if data.get("fingerprint"):
         yield "fingerprint", str(data["fingerprint"])[:16]
     for name, paths in _OPTIONS.items():
-        said = [(path, options[path]) for path in paths if options.get(path) not in (None, {}, [])]
+        said = [
+            (path, options[path]) for path in paths if options.get(path) not in (None, {}, []) and repr(options[path]) != "0.0"
+        ]
         if said:
             yield name, ", ".join(_said(path, value, alone=len(said) == 1) for path, value in said)
 
 
 def _said(path: str, value: Any, alone: bool) -> str:
     own = path.rpartition(".")[2]
-    return value_text(value) if alone or own in ("optimizer", "lr", "schedule", "augment") else f"{own} {value_text(value)}"
+    return (
+        value_text(value)
+        if alone or own in ("optimizer", "lr", "schedule", "augment", "teacher")
+        else f"{own} {value_text(value)}"
+    )
 
 
 def _stages(files: RunFiles) -> Iterator[dict[str, str]]:
@@ -267,7 +274,7 @@ def _commands(files: RunFiles) -> Iterator[dict[str, str]]:
     kept = {path.name for path in (files.folder / CHECKPOINTS).glob("*.ckpt")}
     if "last.ckpt" in kept and files.record.get("state") != "finished":
         yield {"name": "Go on from its last checkpoint", "text": f"resnet-finetune fit --ckpt_path {run}"}
-    if kept:
+    if kept and files.outcomes:  # it names classes
         yield {"name": "Use it", "text": f"resnet-finetune predict {run} PICTURES --out predictions.csv"}
 
 

@@ -16,7 +16,6 @@ from finetune.images import read_image
 
 _QUALITY = 80
 _PAPER, _INK = (255, 255, 255), (27, 31, 36)
-_LETTERS = 13  # pixels
 
 
 def thumbnail(path: str | os.PathLike[str], side: int = 160) -> np.ndarray | None:
@@ -69,10 +68,11 @@ def sheet(pictures: Sequence[np.ndarray], captions: Sequence[str], columns: int 
     """
     height, width = pictures[0].shape[:2]
     factor = max(1, round(176 / max(height, width)))
-    cell_width, cell_height, gap = width * factor, height * factor + _LETTERS + 6, 6
+    letters = max(13, width * factor // 11) if any(captions) else 0
+    cell_width, cell_height, gap = width * factor, height * factor + (letters + 6 if letters else 0), 6
     rows, columns = -(-len(pictures) // columns), min(columns, len(pictures))
     paper = Image.new("RGB", (columns * (cell_width + gap) - gap, rows * (cell_height + gap) - gap), _PAPER)
-    draw, font = ImageDraw.Draw(paper), ImageFont.load_default(_LETTERS)
+    draw, font = ImageDraw.Draw(paper), ImageFont.load_default(letters or 13)
     for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
         left, top = number % columns * (cell_width + gap), number // columns * (cell_height + gap)
         large = Image.fromarray(picture).resize((width * factor, height * factor), Image.Resampling.NEAREST)

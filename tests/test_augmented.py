@@ -60,7 +60,7 @@ def test_where_activations_are_kept_it_shows_what_they_were_made_of(tmp_path, ph
     model, data = fit(tmp_path, photos, AugmentedPictures(tmp_path, most=6), reuse="views:2")
     assert not model.seen
     found = Image.open(io.BytesIO((tmp_path / AUGMENTED).read_bytes()))
-    assert found.size == (4 * (192 + 6) - 6, 2 * (192 + 25) - 6)
+    assert found.size == (4 * (192 + 6) - 6, 2 * (192 + 17 + 12) - 6)
     plain, _ = fit(tmp_path, photos, augment="strong")
     images, labels = plain.seen[0]
     names = [data.classes[label] for label in labels]

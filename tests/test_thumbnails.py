@@ -33,19 +33,23 @@ def test_a_data_address_holds_a_jpeg():
     assert Image.open(io.BytesIO(jpeg(picture))).size == (12, 8)
 
 
-@pytest.mark.parametrize(("size", "factor"), [(224, 1), (64, 3), (32, 6)])
-def test_a_sheet_holds_every_picture_as_it_is(size, factor):
+@pytest.mark.parametrize(("size", "factor", "letters"), [(224, 1, 20), (64, 3, 17), (32, 6, 17), (100, 2, 18), (130, 1, 13)])
+def test_a_sheet_holds_every_picture_as_it_is(size, factor, letters):
     numbers = np.random.default_rng(0)
     pictures = [numbers.integers(0, 256, (size, size, 3), np.uint8) for _ in range(5)]
     found = sheet(pictures, ["cat", "a" * 500, "", "猫", "é"], columns=4)
     cell = size * factor
     for number, picture in enumerate(pictures):
-        top, left = number // 4 * (cell + 19 + 6), number % 4 * (cell + 6)
+        top, left = number // 4 * (cell + letters + 12), number % 4 * (cell + 6)
         shown = found[top : top + cell, left : left + cell]
         np.testing.assert_array_equal(shown[::factor, ::factor], picture)
         np.testing.assert_array_equal(shown[factor - 1 :: factor, factor - 1 :: factor], picture)
-    assert found.shape == (2 * (cell + 25) - 6, 4 * (cell + 6) - 6, 3)
-    assert (found[cell + 2 : cell + 19, :cell] < 128).any()  # the caption
+    assert found.shape == (2 * (cell + letters + 12) - 6, 4 * (cell + 6) - 6, 3)
+    assert (found[cell + 2 : cell + letters + 6, :cell] < 128).any()  # the caption
+
+
+def test_without_captions_there_is_no_room_for_them():
+    assert sheet([np.zeros((200, 100, 3), np.uint8)] * 3, ["", "", ""], columns=2).shape == (406, 206, 3)
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path):
