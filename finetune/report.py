@@ -165,11 +165,13 @@ def _facts(files: RunFiles) -> Iterator[tuple[str, str]]:
     if data.get("fingerprint"):
         yield "fingerprint", str(data["fingerprint"])[:16]
     for name, paths in _OPTIONS.items():
-        said = [
-            (path, options[path]) for path in paths if options.get(path) not in (None, {}, []) and repr(options[path]) != "0.0"
-        ]
+        said = [(path, options[path]) for path in paths if path in options and not _is_off(options[path])]
         if said:
             yield name, ", ".join(_said(path, value, alone=len(said) == 1) for path, value in said)
+
+
+def _is_off(value: Any) -> bool:
+    return value in (None, {}, []) or (isinstance(value, float) and not value)  # a seed of 0 is one
 
 
 def _said(path: str, value: Any, alone: bool) -> str:
