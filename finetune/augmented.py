@@ -14,9 +14,9 @@ from torch import Tensor
 
 from finetune.figure_style import label
 from finetune.reuse import ReuseLoader
+from finetune.run_files import AUGMENTED
 from finetune.thumbnails import jpeg, sheet, write_whole
 
-AUGMENTED = "augmented.jpg"
 _MOST = 16
 
 

@@ -103,7 +103,7 @@ def stage_heatmap(
         broken: By stage, how many values were not finite; where there was one, a cross is drawn.
     """
     from matplotlib.colors import LogNorm
-    from matplotlib.ticker import LogLocator, MaxNLocator
+    from matplotlib.ticker import FixedLocator
 
     figure, axes = new_axes(0.9 + 0.27 * max(4, len(curves)), title, unit, grid="none")
     edges = _edges(curves.values())
@@ -121,8 +121,8 @@ def stage_heatmap(
         if bad is not None and (bad.y > 0).any():
             at = bad.x[bad.y > 0]
             axes.plot(at, np.full(len(at), row), "x", color=RED, markersize=6, markeredgewidth=1.6, clip_on=False)
-    bar = figure.colorbar(image, ax=axes, pad=0.02, fraction=0.06, format="{x:g}")
-    bar.ax.yaxis.set_major_locator(MaxNLocator(4) if high < 20 * low else LogLocator(numticks=6))
+    bar = figure.colorbar(image, ax=axes, pad=0.02, fraction=0.06, format="{x:.2g}")
+    bar.ax.yaxis.set_major_locator(FixedLocator(np.geomspace(norm.vmin or low, norm.vmax or high, 4).tolist()))
     bar.ax.minorticks_off()
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8, colors=FAINT, labelcolor=INK, which="both", width=0.6)

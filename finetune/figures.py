@@ -15,8 +15,10 @@ import numpy as np
 
 from finetune import curve_figures as curves
 from finetune import outcome_figures as outcomes
+from finetune import scores
 from finetune.figure_style import FAINT, INK
-from finetune.run_files import Curve, RunFiles, in_order
+from finetune.run_files import AUGMENTED, Curve, RunFiles, in_order
+from finetune.thumbnails import thumbnail
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,18 +30,20 @@ GRADIENTS = {
 _SVG, _XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 
 
-def of_run(run: str | Path | RunFiles) -> dict[str, Figure]:
+def of_run(run: str | Path | RunFiles, pictures: bool = True) -> dict[str, Figure]:
     """Draw all figures that a run's files allow; what is not there is left out.
 
     Args:
         run: The run's folder.
+        pictures: Whether those that are made of pictures are wanted as well.
 
     Returns:
         loss, metrics, learning_rates, weight_distance, gradient_flow, update_ratio, confusion, confusion_normalised,
-        confused_pairs, per_class, reliability.
+        confused_pairs, per_class, reliability; augmented, mistakes.
     """
     files = run if isinstance(run, RunFiles) else RunFiles(run)
-    return {**_of_training(files), **_of_gradients(files), **_of_outcome(files)}
+    found = {**_of_training(files), **_of_gradients(files), **_of_outcome(files)}
+    return {**found, **_of_pictures(files)} if pictures else found
 
 
 def _of_training(files: RunFiles) -> dict[str, Figure]:
@@ -103,6 +107,21 @@ def _of_outcome(files: RunFiles) -> dict[str, Figure]:
     }
     pairs = outcomes.confused_pairs(outcome)
     return found if pairs is None else {**found, "confused_pairs": pairs}
+
+
+def _of_pictures(files: RunFiles) -> dict[str, Figure]:
+    found = {}
+    seen = thumbnail(files.folder / AUGMENTED, side=1200)
+    if seen is not None:
+        found["augmented"] = outcomes.picture_grid("Training pictures as the network sees them", [seen], [""], size=4.4)
+    outcome = next(iter(files.outcomes.values()), None)
+    worst = [] if outcome is None else scores.worst_mistakes(outcome, 12)
+    if outcome is not None and worst:
+        said = [f"→ {outcome.classes[outcome.predicted[i]]} {100 * outcome.confidence[i]:.0f} %" for i in worst]
+        captions = [f"{outcome.classes[outcome.labels[i]]}\n{text}" for i, text in zip(worst, said, strict=True)]
+        shown = [thumbnail(files.data_root / outcome.files[i]) for i in worst]
+        found["mistakes"] = outcomes.picture_grid("The worst mistakes", shown, captions, columns=4)
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------- rendering

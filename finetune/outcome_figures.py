@@ -125,7 +125,9 @@ def reliability(outcome: Outcome, bins: int = 15) -> Figure:
     return figure
 
 
-def picture_grid(title: str, pictures: Sequence[np.ndarray | None], captions: Sequence[str], columns: int = 6) -> Figure:
+def picture_grid(
+    title: str, pictures: Sequence[np.ndarray | None], captions: Sequence[str], columns: int = 6, size: float = 1.15
+) -> Figure:
     """Draw pictures with a caption each.
 
     Args:
@@ -133,10 +135,11 @@ def picture_grid(title: str, pictures: Sequence[np.ndarray | None], captions: Se
         pictures: uint8 (height, width, 3) each; None is shown as missing.
         captions: A line or two for each.
         columns: Pictures side by side.
+        size: Of a picture, in inches.
     """
     columns = max(1, min(columns, len(pictures)))
     rows = -(-len(pictures) // columns)
-    figure = new_figure(0.4 + 1.35 * rows, 1.2 * columns + 0.2)
+    figure = new_figure(0.4 + (size + 0.3) * rows, (size + 0.1) * columns + 0.1)
     add_title(figure, title)
     cells = figure.subplots(max(1, rows), columns, squeeze=False).ravel()
     for cell in cells:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from finetune import scores
-from finetune.augmented import AUGMENTED
 from finetune.figures import of_run
 from finetune.outcomes import Outcome
 from finetune.page import drawn, render, seconds, value_text, write_page
-from finetune.run_files import RunFiles, flat
+from finetune.run_files import AUGMENTED, RunFiles, flat
 from finetune.runs import CHECKPOINTS, CONFIG
-from finetune.sample import BUILT_IN
 from finetune.thumbnails import data_uri, thumbnail
 
 REPORT = "report.html"
@@ -65,7 +63,7 @@ def write_report(run: str | os.PathLike[str], out: str | os.PathLike[str] | None
 
 def content(files: RunFiles) -> dict[str, Any]:
     """Return what the template of the report shows."""
-    figures = drawn(of_run(files))
+    figures = drawn(of_run(files, pictures=False))
     outcome = next(iter(files.outcomes.values()), None)
     wrong = 0 if outcome is None else int((outcome.predicted != outcome.labels).sum())
     rows = _metric_rows(files)
@@ -88,7 +86,7 @@ def content(files: RunFiles) -> dict[str, Any]:
         "metric_rows": rows,
         "intervals": any(cell["range"] for row in rows for cell in row["cells"]),
         "classes": [] if outcome is None else list(_classes(outcome)),
-        "mistakes": [] if outcome is None else list(_mistakes(outcome, data_root(files))),
+        "mistakes": [] if outcome is None else list(_mistakes(outcome, files.data_root)),
         "wrong": wrong,
         "commands": list(_commands(files)),
         "config": _config_text(files),
@@ -100,13 +98,6 @@ def typed(path: Path) -> str:
     """Return a path as somebody in the working folder would type it."""
     whole = path.absolute()
     return str(whole.relative_to(Path.cwd()) if whole.is_relative_to(Path.cwd()) else whole)
-
-
-def data_root(files: RunFiles) -> Path:
-    """Return the folder that the paths of the pictures start from."""
-    recorded = (files.record.get("data") or {}).get("root")
-    root = str(recorded or dict(flat(files.config)).get("data.root") or ".")
-    return BUILT_IN[root]() if root in BUILT_IN else Path(root).expanduser()
 
 
 # -------------------------------------------------------------------------------------------------------------- the head
@@ -138,7 +129,7 @@ def _numbers(files: RunFiles) -> Iterator[dict[str, str]]:
     if monitor in values and files.best_epoch is not None:
         yield {"name": f"best {monitor}", "value": f"{values[monitor]:.4f}", "note": f"in epoch {files.best_epoch + 1}"}
     for name, value in values.items():
-        if name in ("test/acc", "test/f1"):
+        if name == "test/acc":
             yield {"name": name, "value": f"{value:.4f}", "note": "of the best checkpoint"}
     for split, outcome in list(files.outcomes.items())[:1]:
         yield {"name": "calibration error", "value": f"{scores.ece(outcome):.3f}", "note": f"ECE on the {split} pictures"}
@@ -156,9 +147,8 @@ def _facts(files: RunFiles) -> Iterator[tuple[str, str]]:
     backbone = options.get("model.backbone") or options.get("model")
     if backbone:
         yield "network", str(backbone)
-    weights = (record.get("weights") or {}).get("summary") or options.get("model.weights")
-    if weights:
-        yield "weights", str(weights).removeprefix("weights: ")
+    if weights := _weights(record.get("weights") or {}) or options.get("model.weights"):
+        yield "weights", str(weights)
     data = record.get("data") or {}
     if root := data.get("root") or options.get("data.root") or options.get("data.pictures"):
         yield "data", value_text(root)
@@ -168,6 +158,14 @@ def _facts(files: RunFiles) -> Iterator[tuple[str, str]]:
         said = [(path, options[path]) for path in paths if path in options and not _is_off(options[path])]
         if said:
             yield name, ", ".join(_said(path, value, alone=len(said) == 1) for path, value in said)
+
+
+def _weights(used: Mapping[str, Any]) -> str:
+    text = str(used.get("summary") or "")
+    if used.get("kept"):
+        missing = len(used.get("missing") or ())
+        text += f"\nkept {used['kept']} of {used['kept'] + missing} tensors of the backbone; the head is {used.get('head')}"
+    return text
 
 
 def _is_off(value: Any) -> bool:

@@ -22,8 +22,9 @@ import yaml
 from finetune.errors import CheckpointError, FinetuneError, did_you_mean
 from finetune.outcomes import Outcome, read_outcome
 from finetune.runs import CHECKPOINTS, CONFIG, RESUMED_CONFIG
+from finetune.sample import BUILT_IN
 
-RECORD, METRICS, GRADIENTS = "record.json", "metrics.csv", "gradients.csv"
+RECORD, METRICS, GRADIENTS, AUGMENTED = "record.json", "metrics.csv", "gradients.csv", "augmented.jpg"
 PREDICTIONS = {"test": "predictions.test.csv", "val": "predictions.val.csv"}
 RATE = "lr/"
 
@@ -170,6 +171,13 @@ class RunFiles:
         """Number of epochs that the run was to have; 0 if it has another limit."""
         found = (self.config.get("trainer") or {}).get("max_epochs")
         return found if isinstance(found, int) and found > 0 else 0
+
+    @property
+    def data_root(self) -> Path:
+        """The folder that the paths of pictures start from."""
+        recorded = (self.record.get("data") or {}).get("root")
+        root = str(recorded or dict(flat(self.config)).get("data.root") or ".")
+        return BUILT_IN[root]() if root in BUILT_IN else Path(root).expanduser()
 
     @cached_property
     def outcomes(self) -> dict[str, Outcome]:

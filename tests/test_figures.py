@@ -5,8 +5,10 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from finetune.figures import of_run, png, svg
+from finetune.outcomes import read_outcome
 
 TRAINING = ["loss", "metrics", "learning_rates"]
 GRADIENTS = ["weight_distance", "gradient_flow", "update_ratio"]
@@ -14,8 +16,10 @@ OUTCOME = ["confusion", "confusion_normalised", "per_class", "reliability", "con
 
 
 def test_all_figures_of_a_whole_run(past_run):
-    figures = of_run(past_run())
-    assert list(figures) == TRAINING + GRADIENTS + OUTCOME
+    run = past_run()
+    Image.new("RGB", (40, 30)).save(run / "augmented.jpg")
+    figures = of_run(run)
+    assert list(figures) == TRAINING + GRADIENTS + OUTCOME + ["augmented", "mistakes"]
     assert all(png(figure).startswith(b"\x89PNG") for figure in figures.values())
     flow = figures["gradient_flow"].axes[0].images[0].get_array()
     np.testing.assert_allclose(flow.filled(0), [[0, 0, 0.1, 0.1], [0, 0, 0.2, 0.2], [0.3, 0.3, 0.3, 0.3]])
@@ -33,7 +37,24 @@ def test_all_figures_of_a_whole_run(past_run):
 def test_what_a_run_lacks_is_left_out(past_run, missing, left):
     run = past_run()
     (run / missing).unlink()
-    assert list(of_run(run)) == left
+    assert list(of_run(run, pictures=False)) == left
+
+
+def test_mistakes_are_drawn_with_what_they_are_and_what_was_said(past_run):
+    run = past_run(pictures=200)
+    found = read_outcome(run / "predictions.val.csv")
+    wrong = [i for i in np.argsort(-found.probabilities.max(1)) if found.predicted[i] != found.labels[i]][:12]
+    cells = of_run(run)["mistakes"].axes
+    shown = [axes.get_title() for axes in cells]
+    assert shown == [
+        f"{found.classes[found.labels[i]]}\n→ {found.classes[found.predicted[i]]} {100 * found.probabilities[i].max():.0f} %"
+        for i in wrong
+    ]
+    for axes, i in zip(cells, wrong, strict=True):
+        there = i < 195
+        assert bool(axes.images) == there
+        if there:
+            np.testing.assert_array_equal(axes.images[0].get_array()[0, 0], [i % 256, 99, 50])
 
 
 def test_an_empty_folder_has_no_figures(tmp_path):
