@@ -33,6 +33,7 @@ examples:
   resnet-finetune fit --ckpt_path last                              go on with the run that was stopped
   resnet-finetune test --ckpt_path runs/small/TIME                  measure a run's best checkpoint again
   resnet-finetune predict runs/small/TIME new/ --out predictions.csv
+  resnet-finetune report runs/small/TIME runs/large/TIME            compare runs, also while they are going on
 
 Each verb explains itself: resnet-finetune fit --help. Version: resnet-finetune --version"""
 

@@ -21,12 +21,14 @@ from tabulate import tabulate
 
 from finetune import checkpoints, hardware
 from finetune.arguments import resolve
+from finetune.augmented import AugmentedPictures
 from finetune.callbacks import EpochLine, PhaseEarlyStopping
 from finetune.defaults import RunOptions, trainer_defaults
 from finetune.errors import ConfigError
 from finetune.keep_outcomes import KeepOutcomes
 from finetune.module import FinetuneModule
 from finetune.parser import Parser, instantiate, own_errors
+from finetune.report import write_report
 from finetune.runs import CHECKPOINTS, CONFIG, RESUMED_CONFIG, AtomicCheckpointIO, RunLogger, new_run, run_of
 from finetune.sample import BUILT_IN
 from finetune.usage import help_text
@@ -239,7 +241,7 @@ class FinetuneCLI(LightningCLI):
         return [RunLogger(run_folder, until), *others]
 
     def _callbacks(self, options: RunOptions, run_folder: Path, keep: bool) -> list[L.Callback]:
-        callbacks: list[L.Callback] = [EpochLine()]
+        callbacks: list[L.Callback] = [EpochLine(), AugmentedPictures(run_folder)]
         mode = options.mode or ("min" if "loss" in options.monitor else "max")
         if keep:
             where: dict[str, Any] = {"dirpath": run_folder / CHECKPOINTS, "save_on_train_epoch_end": True}
@@ -298,11 +300,19 @@ class FinetuneCLI(LightningCLI):
         if self._has_test():
             results = self.trainer.test(datamodule=self.datamodule, ckpt_path=str(chosen), weights_only=True, verbose=False)
             rank_zero_print(_metric_table(results))
+        self._write_report(self.run_folder)
         run = _relative(self.run_folder)
         kept = [*self.run_folder.glob("*.*"), *(self.run_folder / CHECKPOINTS).glob("*.ckpt")]
         rank_zero_print(f"files  {run}/  ({', '.join(sorted(str(path.relative_to(self.run_folder)) for path in kept))})")
         if isinstance(self.model, FinetuneModule) and self.model.classifies:
             rank_zero_print(f"next   resnet-finetune predict {shlex.quote(str(run))} PICTURES --out predictions.csv")
+
+    @rank_zero_only
+    def _write_report(self, run: Path) -> None:
+        try:
+            write_report(run)
+        except Exception as error:  # whatever is wrong with a figure, the training is done
+            print(f"warning: The report could not be written ({error}). Try again: resnet-finetune report {_relative(run)}")
 
     def _has_test(self) -> bool:
         if not is_overridden("test_step", self.model, L.LightningModule):

@@ -176,6 +176,21 @@ def _export(words: Sequence[str]) -> None:
     export(**vars(options))
 
 
+def _report(words: Sequence[str]) -> None:
+    parser = _Parser(
+        prog="resnet-finetune report",
+        description="Write what there is to see of a run, which may still be going on or have been killed, into one HTML file; "
+        "or compare several runs.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or 'last'; several are compared")
+    parser.add_argument("--out", help="where to write (default: report.html in the run's folder, or comparison.html here)")
+    options = parser.parse_args(words)
+    from finetune.comparison import report
+
+    print(report(options.runs, options.out))
+
+
 class Verb(NamedTuple):
     """What a verb does, in a few words, and the function that does it with the words behind it."""
 
@@ -188,6 +203,7 @@ VERBS: dict[str, Verb] = {
     "predict": Verb("name the class of pictures: a model and a folder -> a table", _predict),
     "explain": Verb("draw where the model looked in pictures, and the training pictures it finds most alike", _explain),
     "export": Verb("write a checkpoint as ONNX, torch.export or a timm folder, and compare the two", _export),
+    "report": Verb("look at a run, or compare several: one HTML page", _report),
     "stages": Verb("show the stages of a backbone", _stages),
     "weights": Verb("list the weights that are there for a backbone, here and now", _weights),
     "recipes": Verb("list the recipes, or copy one to edit it", _recipes),

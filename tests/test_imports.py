@@ -69,6 +69,16 @@ ORDER = [
     "model_card",
     "export",
     "explain",
+    "run_files",
+    "figure_style",
+    "curve_figures",
+    "outcome_figures",
+    "thumbnails",
+    "figures",
+    "augmented",
+    "page",
+    "report",
+    "comparison",
     "distill_data",
     "distill",
     "usage",
@@ -120,7 +130,7 @@ def test_public_names_exist_and_are_sorted():
 def test_quick_answers_need_no_torch(words):
     code = (
         "import sys; from finetune.main import main; main(sys.argv[1:]);"
-        "heavy = {'torch', 'lightning', 'timm', 'numpy', 'jsonargparse'} & set(sys.modules);"
+        "heavy = {'torch', 'lightning', 'timm', 'numpy', 'jsonargparse', 'matplotlib'} & set(sys.modules);"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)

@@ -38,7 +38,7 @@ def test_help_names_every_verb_and_its_examples_name_no_other(capsys, words):
     verbs = re.findall(r"^  (\w+)  +\S", said.partition("verbs:")[2].partition("examples:")[0], re.MULTILINE)
     assert verbs == [
         *("fit", "validate", "test", "distill", "evaluate", "predict", "explain", "export"),
-        *("stages", "weights", "recipes", "reuse"),
+        *("report", "stages", "weights", "recipes", "reuse"),
     ]
     assert set(re.findall(r"^  resnet-finetune (\w+)", said, re.MULTILINE)) <= set(verbs)
     for verb in verbs:
@@ -56,7 +56,7 @@ def test_the_script_of_a_checkout_is_the_command(tmp_path):
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr == (
         "error: There is no verb 'recipe'. Did you mean 'recipes'? Expected one of: fit, validate, test, distill, evaluate, "
-        "predict, explain, export, stages, weights, recipes, reuse.\n"
+        "predict, explain, export, report, stages, weights, recipes, reuse.\n"
     )
 
 

@@ -1,0 +1,300 @@
+"""What a run left in its folder, read back: also of a run that is going on, or was killed while it wrote.
+
+What is missing is empty, and rows that were cut off are left out: looking at a run never fails because the run did.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+
+from finetune.errors import CheckpointError, FinetuneError, did_you_mean
+from finetune.outcomes import Outcome, read_outcome
+from finetune.runs import CHECKPOINTS, CONFIG, RESUMED_CONFIG
+from finetune.sample import BUILT_IN
+
+RECORD, METRICS, GRADIENTS, AUGMENTED = "record.json", "metrics.csv", "gradients.csv", "augmented.jpg"
+PREDICTIONS = {"test": "predictions.test.csv", "val": "predictions.val.csv"}
+RATE = "lr/"
+
+Row = dict[str, str]
+
+
+class Curve(NamedTuple):
+    """A quantity over a run: `x` in epochs (1.0 is the end of the first), or in steps while no epoch is done."""
+
+    x: np.ndarray
+    y: np.ndarray
+
+
+class Span(NamedTuple):
+    """A freezing phase on the axis of the curves: where it begins and ends, and what trains."""
+
+    start: float
+    end: float
+    name: str
+
+
+class RunFiles:
+    """The files of a run, each read when it is first asked for.
+
+    Args:
+        folder: The run's folder.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+
+    @cached_property
+    def record(self) -> dict[str, Any]:
+        """What `record.json` says, or nothing."""
+        try:
+            found = json.loads(_text(self.folder / RECORD))
+        except ValueError:
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration; that of the last resume, if there was one."""
+        for name in (RESUMED_CONFIG, CONFIG):
+            with contextlib.suppress(yaml.YAMLError):
+                found = yaml.safe_load(_text(self.folder / name))
+                if isinstance(found, dict):
+                    return found
+        return {}
+
+    @cached_property
+    def metrics(self) -> dict[str, Curve]:
+        """The columns of `metrics.csv`, a curve each."""
+        curves: dict[str, list[tuple[float, float]]] = {}
+        for row in self._metric_rows:
+            place = self._place(row)
+            for name, value in _numbers(row).items():
+                if name not in ("step", "epoch"):
+                    curves.setdefault(name, []).append((place, value))
+        return {name: _curve(points) for name, points in curves.items()}
+
+    @property
+    def rates(self) -> dict[str, Curve]:
+        """The learning rate of each stage, in the order of the network."""
+        found = {name.removeprefix(RATE): curve for name, curve in self.metrics.items() if name.startswith(RATE)}
+        return {stage: found[stage] for stage in in_order(found, self.stages)}
+
+    @cached_property
+    def gradients(self) -> list[tuple[float, str, dict[str, float]]]:
+        """The rows of `gradients.csv`: the place on the axis, the stage, and its numbers."""
+        return [(self._place(row), row["stage"], _numbers(row)) for row in _rows(self.folder / GRADIENTS) if row.get("stage")]
+
+    @cached_property
+    def steps_per_epoch(self) -> float | None:
+        """Optimizer steps of an epoch, from the rows that end one; None before the first has ended."""
+        last: dict[float, float] = {}
+        for row in self._metric_rows:
+            numbers = _numbers(row)
+            ends = any(name.startswith(("train/", "val/")) for name in numbers)
+            if ends and {"epoch", "step"} <= set(numbers):
+                last[numbers["epoch"]] = max(numbers["step"], last.get(numbers["epoch"], 0.0))
+        return float(np.median([(step + 1) / (epoch + 1) for epoch, step in last.items()])) if last else None
+
+    @property
+    def unit(self) -> str:
+        """What the axis of the curves counts: `epoch`, or `step` while no epoch is done."""
+        return "step" if self.steps_per_epoch is None else "epoch"
+
+    @property
+    def epochs_done(self) -> int:
+        """Number of epochs that have ended."""
+        ends = [curve.x.max() for name, curve in self.metrics.items() if name.startswith(("train/", "val/")) and len(curve.x)]
+        return round(max(ends)) if ends and self.unit == "epoch" else 0
+
+    @property
+    def monitor(self) -> tuple[str, str]:
+        """The metric that chose the best checkpoint, and whether `max` or `min` of it is best."""
+        options = {**(self.config.get("run") or {}), **{k: self.record[k] for k in ("monitor", "mode") if self.record.get(k)}}
+        name = str(options.get("monitor") or "val/acc")
+        return name, str(options.get("mode") or ("min" if "loss" in name else "max"))
+
+    @cached_property
+    def best_epoch(self) -> int | None:
+        """The epoch, counted from 0, that the best checkpoint is of."""
+        recorded = (self.record.get("best") or {}).get("epoch")
+        if recorded is not None:
+            return int(recorded)
+        name, mode = self.monitor
+        curve = self.metrics.get(name)
+        if curve is None or self.unit != "epoch" or not np.isfinite(curve.y).any():
+            return None
+        chosen = np.nanargmax(curve.y) if mode == "max" else np.nanargmin(curve.y)
+        return round(float(curve.x[chosen])) - 1
+
+    def at_best(self) -> dict[str, float]:
+        """Return the metrics of validation at the best epoch, and those of the test."""
+        found: dict[str, float] = {}
+        for name, curve in self.metrics.items():
+            if name.startswith("val/") and self.best_epoch is not None:
+                here = np.flatnonzero(np.round(curve.x) == self.best_epoch + 1)
+                found |= {name: float(curve.y[here[-1]])} if len(here) else {}
+            elif name.startswith("test/") and len(curve.y):
+                found[name] = float(curve.y[-1])
+        return found | {str(name): float(value) for name, value in (self.record.get("test") or {}).items()}
+
+    @property
+    def stages(self) -> list[str]:
+        """The stages in the order of the network, the head last."""
+        return [str(stage["stage"]) for stage in self.record.get("stages") or []]
+
+    @cached_property
+    def spans(self) -> list[Span]:
+        """The freezing phases on the axis of the curves, as far as the run is planned."""
+        planned = self.epochs_planned or self.epochs_done
+        spans = []
+        for phase in self.record.get("phases") or []:
+            start, end = phase["start"], min(phase["end"], max(planned, phase["start"] + 1))
+            norms = " and norms" if phase.get("norms") else ""
+            spans.append(Span(start, end, phase_name(phase["train"], self.stages) + norms))
+        return spans if self.unit == "epoch" else []
+
+    @property
+    def epochs_planned(self) -> int:
+        """Number of epochs that the run was to have; 0 if it has another limit."""
+        found = (self.config.get("trainer") or {}).get("max_epochs")
+        return found if isinstance(found, int) and found > 0 else 0
+
+    @property
+    def data_root(self) -> Path:
+        """The folder that the paths of pictures start from."""
+        recorded = (self.record.get("data") or {}).get("root")
+        root = str(recorded or dict(flat(self.config)).get("data.root") or ".")
+        return BUILT_IN[root]() if root in BUILT_IN else Path(root).expanduser()
+
+    @cached_property
+    def outcomes(self) -> dict[str, Outcome]:
+        """What the best checkpoint said of the pictures of a split, the test split first."""
+        found = {}
+        for split, name in PREDICTIONS.items():
+            if (self.folder / name).is_file():
+                with contextlib.suppress(FinetuneError, ValueError, KeyError, OSError):  # cut off
+                    found[split] = read_outcome(self.folder / name)
+        return {split: outcome for split, outcome in found.items() if len(outcome.files)}
+
+    @cached_property
+    def _metric_rows(self) -> list[Row]:
+        return list(_rows(self.folder / METRICS))
+
+    def _place(self, row: Row) -> float:
+        """Return where a row stands on the axis: what was measured, after its step; a rate or a gradient, at its step."""
+        numbers = _numbers(row)
+        step = numbers.get("step", math.nan)
+        if self.steps_per_epoch is None:
+            return step
+        measured = any(name.startswith(("train/", "val/", "test/")) for name in numbers)
+        return (step + measured) / self.steps_per_epoch
+
+
+def find_run(what: str, root: Path) -> Path:
+    """Find the run that a user means.
+
+    Args:
+        what: A run's folder, something in it, or `last`: the run that was written to last.
+        root: Where runs are kept.
+
+    Raises:
+        CheckpointError: If it is none.
+    """
+    if what == "last":
+        newest = max(root.glob(f"*/*/{CONFIG}"), key=lambda path: path.parent.stat().st_mtime, default=None)
+        if newest is None:
+            raise CheckpointError(f"There is no run in {root}. Name its folder.")
+        return newest.parent
+    path = Path(what)
+    inside = path.is_file() or path.name == CHECKPOINTS
+    for folder in (path, path.parent, path.parent.parent) if inside else (path,):
+        if any((folder / name).is_file() for name in (RECORD, METRICS, CONFIG)):
+            return folder
+    if not path.exists():
+        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise CheckpointError(f"There is no run {path}.{did_you_mean(path.name, siblings)} Expected a run's folder, or 'last'.")
+    runs = sorted(found.parent for found in path.glob(f"**/{CONFIG}"))
+    hint = f" There are runs below it, such as {runs[-1]}." if runs else ""
+    raise CheckpointError(f"{path} is no run: expected a folder with {CONFIG}, {METRICS} or {RECORD}.{hint}")
+
+
+def phase_name(train: list[str], stages: list[str]) -> str:
+    """Name what trains in a phase in a few letters.
+
+    >>> stages = ["stem", "layer1", "layer2", "head"]
+    >>> phase_name(["head"], stages), phase_name(["layer2", "head"], stages), phase_name(stages, stages)
+    ('head', 'layer2 to head', 'everything')
+    >>> phase_name(["layer1", "head"], stages)
+    'layer1, head'
+    """
+    if stages and set(stages) <= set(train):
+        return "everything"
+    places = [stages.index(stage) for stage in train if stage in stages]
+    together = len(places) == len(train) > 1 and places == list(range(places[0], places[0] + len(places)))
+    return f"{train[0]} to {train[-1]}" if together else ", ".join(train) or "norms"
+
+
+def in_order(names: Iterable[str], stages: Iterable[str]) -> list[str]:
+    """Return names in the order of the stages; where that is not known, the stem first and the head last.
+
+    >>> in_order(["head", "layer1", "stem"], [])
+    ['stem', 'layer1', 'head']
+    """
+    places = {"stem": -1, "neck": 10_000, "head": 10_001} | {stage: place for place, stage in enumerate(stages)}
+    return sorted(names, key=lambda name: places.get(name, len(places)))
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the options of a nested configuration with their dotted names, as they are typed.
+
+    >>> dict(flat({"model": {"class_path": "m.Own", "init_args": {"lr": 0.1}}, "seed": 0}))
+    {'model': 'm.Own', 'model.lr': 0.1, 'seed': 0}
+    """
+    for name, value in config.items():
+        path = prefix.rstrip(".") if name in ("class_path", "init_args") else f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{path}.")
+        else:
+            yield path, value
+
+
+def _curve(points: list[tuple[float, float]]) -> Curve:
+    x, y = np.array(sorted(points, key=lambda point: point[0]), dtype=float).reshape(-1, 2).T
+    return Curve(x, y)
+
+
+def _numbers(row: Row) -> dict[str, float]:
+    numbers = {}
+    for name, text in row.items():
+        with contextlib.suppress(ValueError, TypeError):
+            numbers[name] = float(text)
+    return numbers
+
+
+def _rows(path: Path) -> Iterator[Row]:
+    """Yield the whole rows of a CSV file; none if there is no file."""
+    text = _text(path).replace("\0", "")
+    complete = text[: text.rfind("\n") + 1]
+    for row in csv.DictReader(io.StringIO(complete, newline="")):
+        if None not in row and None not in row.values():
+            yield row
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
