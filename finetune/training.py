@@ -6,7 +6,7 @@ import logging
 import shlex
 import sys
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from finetune.errors import ConfigError
 from finetune.keep_outcomes import KeepOutcomes
 from finetune.module import FinetuneModule
 from finetune.parser import Parser, instantiate, own_errors
+from finetune.record import RunRecord
 from finetune.runs import CHECKPOINTS, CONFIG, RESUMED_CONFIG, AtomicCheckpointIO, RunLogger, new_run, run_of
 from finetune.sample import BUILT_IN
 from finetune.usage import help_text
@@ -46,6 +47,7 @@ def run(words: list[str], called: str | None = None) -> None:
         return
     words = ["--help" if word == "--help_all" else word for word in words]
     typed = {word.partition("=")[0] for word in words}
+    command = ["resnet-finetune", *words]
     words = _with_default_classes(resolve(words))
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)  # devices found, tips, where checkpoints were loaded from
@@ -54,6 +56,7 @@ def run(words: list[str], called: str | None = None) -> None:
             warnings.filterwarnings("ignore", message=message)
         FinetuneCLI(
             typed,
+            command,
             L.LightningModule,
             L.LightningDataModule,
             subclass_mode_model=True,
@@ -116,12 +119,13 @@ class FinetuneCLI(LightningCLI):
 
     Args:
         typed: The options that stand on the command line, as opposed to a configuration file.
+        command: The words as the user typed them, for the run's record.
         *args: Arguments of LightningCLI.
         **kwargs: Arguments of LightningCLI.
     """
 
-    def __init__(self, typed: Collection[str], *args: Any, **kwargs: Any) -> None:
-        self.typed = typed
+    def __init__(self, typed: Collection[str], command: Sequence[str], *args: Any, **kwargs: Any) -> None:
+        self.typed, self.command = typed, command
         self.best: ModelCheckpoint | None = None
         self._given_weights: str | None = None
         super().__init__(*args, **kwargs)
@@ -239,7 +243,7 @@ class FinetuneCLI(LightningCLI):
         return [RunLogger(run_folder, until), *others]
 
     def _callbacks(self, options: RunOptions, run_folder: Path, keep: bool) -> list[L.Callback]:
-        callbacks: list[L.Callback] = [EpochLine()]
+        callbacks: list[L.Callback] = [EpochLine(), RunRecord(run_folder, self.command)]
         mode = options.mode or ("min" if "loss" in options.monitor else "max")
         if keep:
             where: dict[str, Any] = {"dirpath": run_folder / CHECKPOINTS, "save_on_train_epoch_end": True}
