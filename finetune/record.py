@@ -143,7 +143,7 @@ class RunRecord(Callback):
             "hardware": None,
             "data": None,
             "weights": None,
-            **dict.fromkeys(("stages", "phases"), []),
+            **{name: [] for name in ("stages", "phases")},
             **dict.fromkeys(("monitor", "mode", "best", "test")),
         }
 

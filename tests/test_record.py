@@ -124,7 +124,6 @@ def test_what_ends_a_run_is_its_state(tmp_path, number, state):
                 process.send_signal(number)
                 break
         said.append(process.stdout.read())
-    assert process.returncode != 0, said
     record = read_record(only_run(tmp_path))
     assert record["state"] == state, said
     assert record["best"]["epoch"] >= 0
