@@ -109,16 +109,17 @@ class WandbTracker(WandbLogger):
             return
         run, self._experiment = self._experiment, None
         sent = run.settings.mode == "online"
-        with contextlib.suppress(OSError):  # the process behind wandb is gone
-            try:
-                run.finish(exit_code=0 if finished else 1)
-            except TimeoutError:
-                sent = False
-        if sent and not self._lost:
+        try:
+            run.finish(exit_code=0 if finished else 1)
+        except Exception:  # it took too long, or the process behind wandb is gone
+            sent = False
+        folder = shlex.quote(os.path.relpath(self.run / "wandb"))
+        if run.settings.mode in ("offline", "dryrun"):
+            print(f"W&B    kept on this machine; to send it: wandb sync {folder}")
+        elif sent and not self._lost:
             print(f"W&B    {run.url}")
         elif run.settings.mode != "disabled":
-            late = " --include-online" if run.settings.mode == "online" else ""
-            print(f"W&B    not sent; to send it: wandb sync{late} {shlex.quote(os.path.relpath(self.run / 'wandb'))}")
+            print(f"W&B    not all of it was sent; to send the rest: wandb sync --include-online {folder}")
 
     # ------------------------------------------------------------------------------------------------------- private
 
@@ -150,6 +151,7 @@ class WandbTracker(WandbLogger):
         if reason is not None:
             print(f"W&B: the run is kept on this machine ({reason}).")
             run = self._init("offline")
+        self._id = run.id
         if settings.mode != "disabled":
             url = run.url if run.settings.mode == "online" else None
             self.identity = {"id": run.id, "project": run.project, "entity": run.entity or None, "url": url}

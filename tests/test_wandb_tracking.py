@@ -258,6 +258,17 @@ def test_training_goes_on_without_account_address_answer_or_service(home):
     assert {path.name for path in home.iterdir()} == {"runs"}
 
 
+def test_switched_off_in_the_environment_nothing_is_written(home, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    main(["fit", *SHORT, "--trainer.max_epochs", "1", "--track", "wandb"])
+    (run,) = runs(home)
+    assert not {"wandb", "wandb.json"} & {path.name for path in run.iterdir()}
+    assert metrics(run, "test/acc")
+    said = capsys.readouterr()
+    assert "W&B" not in said.out
+    assert "wandb" not in said.out + said.err
+
+
 def test_identity_is_kept_in_the_run(offline):
     run = offline / "runs" / "a" / "1"
     run.mkdir(parents=True)
