@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from finetune.module import FinetuneModule as FinetuneModule
     from finetune.predictor import Prediction as Prediction
     from finetune.predictor import Predictor as Predictor
+    from finetune.record import RunRecord as RunRecord
+    from finetune.record import read_record as read_record
     from finetune.stages import Stage as Stage
     from finetune.transforms import InputSpec as InputSpec
 
@@ -43,9 +45,11 @@ _HOME = {
     "Phase": "freezing",
     "Prediction": "predictor",
     "Predictor": "predictor",
+    "RunRecord": "record",
     "Stage": "stages",
     "WeightsError": "errors",
     "plan": "freezing",
+    "read_record": "record",
 }
 
 __all__ = ["__version__", *sorted(_HOME)]

@@ -9,14 +9,14 @@ from finetune.errors import ConfigError
 from finetune.recipe_files import find_recipe
 from finetune.runs import CONFIG, RESUMED_CONFIG, find_checkpoint, run_of
 
-_OURS = ("--config", "-c", "--ckpt_path", "--run.folder")
+_OURS = ("--config", "-c", "--ckpt_path", "--run.folder", "--track")
 
 
 def resolve(words: Sequence[str]) -> list[str]:
     """Turn recipe names into files, and a run or `last` into its checkpoint.
 
     A checkpoint without `--config` takes the configuration of its run; the words that follow override it. A recipe gives
-    the run its name.
+    the run its name. `--track` is short for `--run.track`, and may be given several times.
 
     Args:
         words: The verb and its options.
@@ -41,6 +41,8 @@ def resolve(words: Sequence[str]) -> list[str]:
         resolved += ["--ckpt_path", "null"]  # it overrides one that a configuration names
     if given["--run.folder"]:
         resolved += ["--run.folder", *folder]
+    if given["--track"]:
+        resolved += ["--run.track", ",".join(given["--track"])]
     return [*resolved, *rest[1:]]
 
 

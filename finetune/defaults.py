@@ -10,7 +10,7 @@ from finetune.hardware import best_precision
 
 @dataclass
 class RunOptions:
-    """Where a run is kept and which checkpoint of it is the best.
+    """Where a run is kept and followed, and which checkpoint of it is the best.
 
     Args:
         name: Name of the run's folder; the recipe's name if null.
@@ -18,6 +18,14 @@ class RunOptions:
         monitor: The metric that chooses best.ckpt.
         mode: Whether more or less of the metric is better; less for a loss, more for all else, if null.
         patience: Stop after this many epochs of the last phase without a better metric; never if null.
+        track: Where else to follow the run, with commas between: wandb, tensorboard; csv (metrics.csv) is always on. In short
+            --track.
+        project: Project in W&B; the environment's WANDB_PROJECT, or resnet-finetune, if null.
+        entity: User or team in W&B; the account's default if null.
+        group: Group of the run in W&B.
+        tags: Tags of the run in W&B, such as [frozen, first].
+        offline: Keep the W&B run on this machine, to be sent later with `wandb sync`.
+        artifact: Keep the best checkpoint in W&B, too.
     """
 
     name: str | None = None
@@ -25,6 +33,13 @@ class RunOptions:
     monitor: str = "val/acc"
     mode: Literal["max", "min"] | None = None
     patience: int | None = None
+    track: str | list[str] = "csv"
+    project: str | None = None
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] | None = None
+    offline: bool = False
+    artifact: bool = False
 
 
 def trainer_defaults() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Sequence
 
 import torch
@@ -47,6 +48,25 @@ def best_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def describe_device(device: torch.device, number: int = 1) -> str:
+    """Return what a run computes on, for people, such as `2 x NVIDIA A100-SXM4-40GB`.
+
+    Args:
+        device: The device of a process.
+        number: Number of processes.
+
+    >>> describe_device(torch.device("mps"))
+    'MPS'
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif device.type == "cpu":
+        name = f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
+    else:
+        name = device.type.upper()
+    return name if number == 1 else f"{number} x {name}"
 
 
 def worker_count() -> int:

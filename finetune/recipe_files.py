@@ -7,6 +7,8 @@ from pathlib import Path
 
 from finetune.errors import ConfigError, did_you_mean
 
+SWEEP = "sweep"  # beside the recipes, but for `wandb sweep`, which then starts `fit` many times
+
 
 def recipes_folder() -> Path:
     """Return the folder of the built-in recipes: inside the installed package, or beside it in a checkout."""
@@ -16,7 +18,7 @@ def recipes_folder() -> Path:
 
 def recipe_names() -> list[str]:
     """Return the names of the built-in recipes."""
-    return sorted(path.stem for path in recipes_folder().glob("*.yaml"))
+    return sorted({path.stem for path in recipes_folder().glob("*.yaml")} - {SWEEP})
 
 
 def find_recipe(name: str) -> Path:
@@ -31,6 +33,11 @@ def find_recipe(name: str) -> Path:
     stem = path.stem if path.suffix in (".yaml", ".yml") else path.name
     if stem in recipe_names() and path.parent in (Path(), Path("recipes")):
         return recipes_folder() / f"{stem}.yaml"
+    if name == SWEEP:
+        raise ConfigError(
+            "'sweep' is no recipe of fit: W&B starts fit many times by it. Copy it, then: resnet-finetune recipes --copy sweep "
+            "sweep.yaml && wandb sweep sweep.yaml (docs/tracking.md)"
+        )
     beside = {str(path.parent / p.name): None for p in path.parent.glob("*.y*ml")} if path.parent.is_dir() else {}
     hint = did_you_mean(name, [*recipe_names(), *beside]) or did_you_mean(stem, recipe_names())
     raise ConfigError(
@@ -50,26 +57,27 @@ def header(path: Path) -> list[str]:
 
 def list_recipes() -> str:
     """Return the list of recipes with the purpose that each states in the first two lines of its header."""
-    width = max(map(len, recipe_names()))
+    names = [*recipe_names(), SWEEP]
+    width = max(map(len, names))
     entries = []
-    for name in recipe_names():
+    for name in names:
         first, second = [*header(recipes_folder() / f"{name}.yaml"), "", ""][:2]
         entries.append(f"{name:<{width}}  {first}\n{'':<{width}}  {second}".rstrip())
     return "\n".join(entries)
 
 
-def copy_recipe(name: str, target: Path) -> None:
-    """Copy a recipe so that it can be edited.
+def copy_recipe(name: str, target: Path) -> str:
+    """Copy a recipe so that it can be edited; return the command that uses it.
 
     Raises:
         ConfigError: If the recipe is not known or the target exists.
     """
-    if name not in recipe_names():
-        raise ConfigError(
-            f"There is no recipe '{name}'.{did_you_mean(name, recipe_names())} There are: {', '.join(recipe_names())}."
-        )
+    names = [*recipe_names(), SWEEP]
+    if name not in names:
+        raise ConfigError(f"There is no recipe '{name}'.{did_you_mean(name, names)} There are: {', '.join(names)}.")
     if target.exists():
         raise ConfigError(f"{target} exists already and is not overwritten: choose another name or remove it.")
     if not target.parent.is_dir():
         raise ConfigError(f"The folder {target.parent} does not exist: make it first.")
     shutil.copyfile(recipes_folder() / f"{name}.yaml", target)
+    return f"wandb sweep {target}" if name == SWEEP else f"resnet-finetune fit --config {target}"

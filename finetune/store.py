@@ -226,7 +226,7 @@ class Store:
         with FileLock(self.folder / _LOCK):
             if self.complete or self._missing() or not (self.folder / _DONE).is_file():
                 return
-            _write(self.folder / _ABOUT, json.dumps({**self.about, "made": time.time()}, indent=1))
+            write_whole(self.folder / _ABOUT, json.dumps({**self.about, "made": time.time()}, indent=1))
             for path in (self.folder / _DONE, *self.folder.glob(f"{_LOCK}-*")):
                 path.unlink(missing_ok=True)
 
@@ -254,10 +254,10 @@ def _let_go(rows: Rows) -> None:
         mapped.madvise(mmap.MADV_DONTNEED)
 
 
-def _write(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Write a small file so that it is whole or not there."""
     partial = path.with_name(f"{path.name}.part")
-    with partial.open("w") as file:
+    with partial.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

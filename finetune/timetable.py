@@ -51,10 +51,7 @@ class Timetable:
             groups: The optimizer's groups, with `initial_lr` where a scheduler has set it.
         """
         rows = []
-        for stage in dict.fromkeys(group["stage"] for group in groups):
-            own = [group for group in groups if group["stage"] == stage]
-            count = sum(p.numel() for group in own for p in group["params"])
-            rate = own[0].get("initial_lr", own[0]["lr"])
+        for stage, count, rate in stage_rates(groups):
             rows.append([stage, f"{count:,}", f"{rate:.3g}", *(self._state(stage, phase) for phase in self.phases)])
         spans = [_span(phase) for phase in self.phases]
         align = ("left", "right", "right", *("left" for _ in spans))
@@ -76,9 +73,28 @@ class Timetable:
             f"{' and all normalisation layers' if phase.norms else ''} train."
         )
 
+    def first_epoch(self, stage: str) -> int | None:
+        """Return the epoch in which a stage begins to train, counted from 0, or None if no phase trains it."""
+        if stage not in self.stages:
+            return 0
+        return next((phase.start for phase in self.phases if stage in phase.train), None)
+
     def never_trained(self, stages: Sequence[str]) -> list[str]:
         """Return those of the stages that no phase trains."""
         return [s for s in stages if all(started((phase,), s, phase.start) is None for phase in self.phases)]
+
+
+def stage_rates(groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, float]]:
+    """Return name, number of parameters and learning rate before any schedule of each stage in an optimizer's groups.
+
+    Args:
+        groups: The groups, with `initial_lr` where a scheduler has set it; those without a stage are left out.
+    """
+    rows = []
+    for stage in dict.fromkeys(group["stage"] for group in groups if "stage" in group):
+        own = [group for group in groups if group.get("stage") == stage]
+        rows.append((stage, sum(p.numel() for group in own for p in group["params"]), own[0].get("initial_lr", own[0]["lr"])))
+    return rows
 
 
 def _span(phase: Phase) -> str:

@@ -6,7 +6,7 @@ import logging
 import shlex
 import sys
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,11 @@ from finetune.errors import ConfigError
 from finetune.keep_outcomes import KeepOutcomes
 from finetune.module import FinetuneModule
 from finetune.parser import Parser, instantiate, own_errors
+from finetune.record import RunRecord, read_record
 from finetune.report import write_report
-from finetune.runs import CHECKPOINTS, CONFIG, RESUMED_CONFIG, AtomicCheckpointIO, RunLogger, new_run, run_of
+from finetune.runs import CHECKPOINTS, CONFIG, RESUMED_CONFIG, AtomicCheckpointIO, new_run, run_of
 from finetune.sample import BUILT_IN
+from finetune.tracking import Tracking, build_trackers, closing_if_it_fails, conclude, flat_options, parse_names
 from finetune.usage import help_text
 from finetune.version import __version__
 from finetune.weight_sources import obtainable
@@ -48,6 +50,7 @@ def run(words: list[str], called: str | None = None) -> None:
         return
     words = ["--help" if word == "--help_all" else word for word in words]
     typed = {word.partition("=")[0] for word in words}
+    command = ["resnet-finetune", *words]
     words = _with_default_classes(resolve(words))
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)  # devices found, tips, where checkpoints were loaded from
@@ -56,6 +59,7 @@ def run(words: list[str], called: str | None = None) -> None:
             warnings.filterwarnings("ignore", message=message)
         FinetuneCLI(
             typed,
+            command,
             L.LightningModule,
             L.LightningDataModule,
             subclass_mode_model=True,
@@ -118,13 +122,15 @@ class FinetuneCLI(LightningCLI):
 
     Args:
         typed: The options that stand on the command line, as opposed to a configuration file.
+        command: The words as the user typed them, for the run's record.
         *args: Arguments of LightningCLI.
         **kwargs: Arguments of LightningCLI.
     """
 
-    def __init__(self, typed: Collection[str], *args: Any, **kwargs: Any) -> None:
-        self.typed = typed
+    def __init__(self, typed: Collection[str], command: Sequence[str], *args: Any, **kwargs: Any) -> None:
+        self.typed, self.command = typed, command
         self.best: ModelCheckpoint | None = None
+        self.tracking: Tracking | None = None
         self._given_weights: str | None = None
         super().__init__(*args, **kwargs)
 
@@ -205,6 +211,7 @@ class FinetuneCLI(LightningCLI):
         config = {**self._get(self.config_init, "trainer"), **kwargs}
         options = self._get(self.config_init, "run")
         self.run_folder: Path | None = None
+        parse_names(options.track)  # before there is a folder
         self._warn_of_emulation(config["precision"])
         config["strategy"] = self._strategy(config)
         config["enable_progress_bar"] = (
@@ -214,7 +221,7 @@ class FinetuneCLI(LightningCLI):
         if self.subcommand == "fit" and not config["fast_dev_run"]:
             self.run_folder = self._run_folder(options)
             config["default_root_dir"] = str(self.run_folder)
-            config["logger"] = self._loggers(config["logger"], self.run_folder)
+            config["logger"] = self._loggers(config["logger"], options, self.run_folder)
             config["plugins"] = _with_checkpoint_io(config["plugins"])
             callbacks = self._callbacks(options, self.run_folder, config["enable_checkpointing"] is not False)
             if (self.run_folder / CONFIG).exists():
@@ -233,15 +240,17 @@ class FinetuneCLI(LightningCLI):
         home = run_of(self.resumes) if self.resumes is not None else None
         return home or new_run(Path(options.folder), options.name or "run")
 
-    def _loggers(self, given: Any, run_folder: Path) -> Any:
+    def _loggers(self, given: Any, options: RunOptions, run_folder: Path) -> Any:
         if given is False:
             return False
         until = None if self.resumes is None else self.done_steps
         others = [] if given in (None, True) else given if isinstance(given, list) else [given]
-        return [RunLogger(run_folder, until), *others]
+        return [*build_trackers(options, run_folder, until), *others]
 
     def _callbacks(self, options: RunOptions, run_folder: Path, keep: bool) -> list[L.Callback]:
-        callbacks: list[L.Callback] = [EpochLine(), AugmentedPictures(run_folder)]
+        record = RunRecord(run_folder, self.command)
+        self.tracking = Tracking(record)
+        callbacks: list[L.Callback] = [EpochLine(), record, AugmentedPictures(run_folder), self.tracking]
         mode = options.mode or ("min" if "loss" in options.monitor else "max")
         if keep:
             where: dict[str, Any] = {"dirpath": run_folder / CHECKPOINTS, "save_on_train_epoch_end": True}
@@ -273,8 +282,11 @@ class FinetuneCLI(LightningCLI):
         if self.resumes is not None and isinstance(self.model, FinetuneModule):
             checkpoints.refuse_other_classes(self.stored, self.model)
             checkpoints.refuse_other_options(self.stored["hyper_parameters"] or {}, self.model.hparams)
+        if self.tracking is not None:
+            self.tracking.config = flat_options(self.config[self.subcommand].as_dict(), self.model)
         try:
-            self.trainer.fit(**kwargs)
+            with closing_if_it_fails(self.trainer.loggers):
+                self.trainer.fit(**kwargs)
         except MisconfigurationException as error:
             raise ConfigError(str(error)) from error
         except (KeyboardInterrupt, SystemExit):
@@ -287,6 +299,15 @@ class FinetuneCLI(LightningCLI):
             raise
 
     def after_fit(self) -> None:
+        """Measure the best checkpoint, and let those that follow the run know what came out."""
+        if self.run_folder is None:
+            return
+        with closing_if_it_fails(self.trainer.loggers):
+            self._measure_best()
+            if self.trainer.is_global_zero:
+                conclude(self.trainer.loggers, self.run_folder, read_record(self.run_folder), self.trainer.global_step)
+
+    def _measure_best(self) -> None:
         """Test the best checkpoint if there is a test split, and say where things are and what to type next."""
         if self.run_folder is None or self.best is None:
             return

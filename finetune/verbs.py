@@ -35,8 +35,8 @@ def _recipes(words: Sequence[str]) -> None:
     options = parser.parse_args(words)
     if options.copy:
         name, target = options.copy
-        copy_recipe(name, Path(target))
-        print(f"Copied to {target}. Use it with: resnet-finetune fit --config {target}")
+        command = copy_recipe(name, Path(target))
+        print(f"Copied to {target}. Use it with: {command}")
     else:
         print(list_recipes())
 

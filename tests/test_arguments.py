@@ -38,6 +38,11 @@ def start(run, kind):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
+        (["fit", "--track", "wandb"], ["fit", "--run.track", "wandb"]),
+        (
+            ["fit", "--track=wandb", "--model.lr", "1", "--track", "tensorboard"],
+            ["fit", "--run.track", "wandb,tensorboard", "--model.lr", "1"],
+        ),
         # nothing of ours: the words stay as they are, in their order
         (["fit"], ["fit"]),
         (["fit", "--model.lr", "3", "--trainer.max_epochs=2"], ["fit", "--model.lr", "3", "--trainer.max_epochs=2"]),

@@ -6,7 +6,7 @@ import pytest
 
 from finetune.errors import ConfigError
 from finetune.main import main
-from finetune.recipe_files import copy_recipe, find_recipe, header, recipe_names, recipes_folder
+from finetune.recipe_files import SWEEP, copy_recipe, find_recipe, header, recipe_names, recipes_folder
 
 
 def test_list_and_copy(tmp_path, monkeypatch, capsys):
@@ -67,3 +67,15 @@ def test_copy_mistakes(tmp_path):
     with pytest.raises(ConfigError, match="not overwritten"):
         copy_recipe("large", tmp_path / "a.yaml")
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.yaml", "mine")]
+
+
+def test_the_sweep_is_listed_and_copied_but_is_no_recipe_of_fit(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert SWEEP not in recipe_names()
+    main(["recipes"])
+    assert header(recipes_folder() / "sweep.yaml")[0] in capsys.readouterr().out
+    main(["recipes", "--copy", "sweep", "mine.yaml"])
+    assert "wandb sweep mine.yaml" in capsys.readouterr().out
+    assert (tmp_path / "mine.yaml").read_text() == (recipes_folder() / "sweep.yaml").read_text()
+    with pytest.raises(ConfigError, match="wandb sweep"):
+        find_recipe("sweep")

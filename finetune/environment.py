@@ -1,0 +1,52 @@
+"""What a run was made with: the versions of its libraries, and the commit of the folder it was started in."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from finetune.version import __version__
+
+_LIBRARIES = ("torch", "torchvision", "lightning", "timm", "torchmetrics", "numpy", "pillow")
+_PATIENCE = 5.0  # seconds for git, which may have a large folder on a slow disk to look through
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of Python, of this package and of the libraries that decide on results."""
+    found = {"python": platform.python_version(), "resnet-finetune": __version__}
+    for library in _LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:  # it came without metadata, as builds from source may
+            continue
+    return found
+
+
+def git_state(folder: str | os.PathLike[str] = ".") -> dict[str, Any] | None:
+    """Return the commit that a folder is at, and whether files that git knows differ from it; None outside of git."""
+    commit = _git(folder, "rev-parse", "HEAD")
+    if not commit:
+        return None
+    changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    return {"commit": commit, "dirty": None if changes is None else bool(changes)}
+
+
+def _git(folder: str | os.PathLike[str], *words: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *words],
+            cwd=Path(folder),
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},  # only look
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_PATIENCE,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
