@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from finetune.errors import ConfigError
 from finetune.hardware import best_precision
 
 
@@ -18,6 +19,7 @@ class RunOptions:
         monitor: The metric that chooses best.ckpt.
         mode: Whether more or less of the metric is better; less for a loss, more for all else, if null.
         patience: Stop after this many epochs of the last phase without a better metric; never if null.
+        gradients_every: Measure gradients and weights stage by stage every so many steps (gradients.csv); 0 turns it off.
     """
 
     name: str | None = None
@@ -25,6 +27,11 @@ class RunOptions:
     monitor: str = "val/acc"
     mode: Literal["max", "min"] | None = None
     patience: int | None = None
+    gradients_every: int = 50
+
+    def __post_init__(self) -> None:
+        if self.gradients_every < 0:
+            raise ConfigError(f"Expected run.gradients_every to be 0 (off) or more, found {self.gradients_every}.")
 
 
 def trainer_defaults() -> dict[str, Any]:
