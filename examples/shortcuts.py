@@ -10,7 +10,9 @@ is drawn besides.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
+import io
 import logging
 import statistics
 import warnings
@@ -121,14 +123,13 @@ def main() -> None:
             metrics = train(name, seed, folder, options)
             flows[name, seed] = norms(folder)
             rows.append(row(name, seed, flows[name, seed], metrics))
-            print(f"{name}, seed {seed}: done", flush=True)
     headers = [
         "network",
         "seed",
         "stem, step 0",
         "stem / head, step 0",
         "stem, median",
-        "stem, from - to",
+        "stem, from to",
         "train/loss",
         "val/acc",
     ]
@@ -146,7 +147,10 @@ def train(name: str, seed: int, folder: Path, options: argparse.Namespace) -> di
     flow = GradientFlow(folder, every=5)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = L.Trainer(max_epochs=options.epochs, callbacks=[flow], num_sanity_val_steps=0, **quiet)
-    trainer.fit(model, data)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        trainer.fit(model, data)
+    warned = [line for line in said.getvalue().splitlines() if line.startswith("warning: ")]
+    print("\n  ".join([f"{name}, seed {seed}: {folder}/gradients.csv", *warned]), flush=True)
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
@@ -161,7 +165,7 @@ def row(name: str, seed: int, flow: dict[str, dict[int, float]], metrics: dict[s
     """Return a row of the table."""
     stem, head = flow[STEM], flow[HEAD]
     values = [stem[0], stem[0] / head[0], statistics.median(stem.values())]
-    spread = f"{min(stem.values()):.2g} - {max(stem.values()):.2g}"
+    spread = f"{min(stem.values()):.2g} to {max(stem.values()):.2g}"
     last = [f"{metrics[name]:.3f}" for name in ("train/loss", "val/acc")]
     return [name, str(seed), *(f"{value:.3g}" for value in values), spread, *last]
 

@@ -31,15 +31,16 @@ GRADIENTS = "gradients.csv"
 START = "start.safetensors"
 COLUMNS = ("step", "epoch", "stage", *(field.name for field in fields(Flow)))
 
+_EARLY = (0, 1, 4, 16)  # steps into a phase; most of what goes wrong does so soon
 _WHOLE = (SingleDeviceStrategy, DDPStrategy)  # strategies that leave parameters and gradients in one piece
 
 
 class GradientFlow(Callback):
     """Measure the gradient flow of a `FinetuneModule`; with any other module it does nothing.
 
-    Measured are the first step of each freezing phase, those 1, 2, 4, 8, ... steps after it, and every so many steps from then
-    on; which ones is a function of the step, so a resumed run measures the same. With several processes, whose gradients are
-    equal by then, the first one measures.
+    Measured are the first step of each freezing phase, those 1, 4 and 16 steps after it, and one in so many: a function of the
+    step, so that a resumed run measures the same. With several processes, whose gradients are equal by then, the first one
+    measures.
 
     Args:
         folder: Where `gradients.csv` is written, and the weights that distances are measured from, for a run that is resumed:
@@ -150,7 +151,7 @@ class GradientFlow(Callback):
         timetable, phase = getattr(module, "timetable", None), getattr(module, "phase", None)
         begin = phase.start * timetable.steps_per_epoch if timetable and phase else 0
         since = trainer.global_step - begin
-        return trainer.global_step % self.every == 0 or (0 <= since < self.every and since & (since - 1) == 0)
+        return trainer.global_step % self.every == 0 or (since in _EARLY and since < self.every)
 
     def _meant_to_train(self, module: FinetuneModule) -> list[str]:
         """Return the stages that train now by the policy; what a subclass added beside the stages always does."""

@@ -73,8 +73,7 @@ class Measurement:
     def finish(self) -> dict[str, Flow]:
         """Return what the step did, for each stage."""
         rows = [
-            torch.stack([*known, _norm(_differences(self._stages[stage], self._before[stage]))])
-            for stage, known in self._known.items()
+            torch.stack([*known, _distance(self._stages[stage], self._before[stage])]) for stage, known in self._known.items()
         ]
         values = dict(zip(self._known, torch.stack(rows).tolist() if rows else [], strict=True))
         return {stage: self._flow(own, values[stage]) if own else Flow() for stage, own in self._stages.items()}
@@ -100,8 +99,11 @@ def _of_gradients(parameters: Sequence[nn.Parameter]) -> tuple[Tensor, Tensor, T
         nothing = parameters[0].new_zeros((), dtype=torch.float32)
         return nothing, nothing, nothing
     alive = torch.stack([torch.count_nonzero(gradient) for gradient in gradients]).sum()
+    norm = _norm(gradients)
+    if norm.device.type == "cpu" and norm.isfinite():  # a GPU counts faster than it answers
+        return norm, alive.float(), torch.zeros_like(norm)
     nonfinite = torch.stack([torch.count_nonzero(~gradient.isfinite()) for gradient in gradients]).sum()
-    return _norm(gradients), alive.float(), nonfinite.float()
+    return norm, alive.float(), nonfinite.float()
 
 
 def _of_weights(named: Mapping[str, nn.Parameter], start: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -110,12 +112,12 @@ def _of_weights(named: Mapping[str, nn.Parameter], start: Mapping[str, Tensor]) 
     norm = _norm([parameter.detach() for parameter in own.values()])
     if not all(name in start and start[name].shape == parameter.shape for name, parameter in own.items()):
         return norm, norm.new_full((), -1.0)
-    return norm, _norm(_differences(list(own.values()), [start[name] for name in own]))
+    return norm, _distance(list(own.values()), [start[name] for name in own])
 
 
-def _differences(parameters: Sequence[nn.Parameter], others: Sequence[Tensor]) -> list[Tensor]:
-    pairs = zip(parameters, others, strict=True)
-    return [parameter.detach() - other.to(parameter.device, non_blocking=True) for parameter, other in pairs]
+def _distance(parameters: Sequence[nn.Parameter], others: Sequence[Tensor]) -> Tensor:
+    pairs = [(p.detach(), other.to(p.device, non_blocking=True)) for p, other in zip(parameters, others, strict=True)]
+    return _norm([torch.dist(parameter.float(), other.float()) for parameter, other in pairs])
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
