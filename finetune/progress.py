@@ -58,17 +58,18 @@ class Bar(ProgressBar):
 
     # -------------------------------------------------------------------------------------------------- hooks of Lightning
 
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Open the bar of the epoch."""
-        of = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
-        self._open("train", f"epoch {trainer.current_epoch + 1}{of}", self.total_train_batches)
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Open the bar of the epoch, which may begin in its middle after a resume."""
+        if "train" not in self._bars:
+            of = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
+            self._open("train", f"epoch {trainer.current_epoch + 1}{of}", self.total_train_batches)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Move the bar."""
         bar = self._bars["train"]
-        if bar.update(batch_idx + 1 - bar.n):  # it was drawn; an epoch may begin in its middle
+        if bar.update(batch_idx + 1 - bar.n):  # it was drawn
             loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
             first = {"loss": float(loss)} if isinstance(loss, Tensor) and loss.numel() == 1 else {}
             bar.set_postfix_str(shown({**first, **self.get_metrics(trainer, pl_module)}))
@@ -92,7 +93,7 @@ class Bar(ProgressBar):
         dataloader_idx: int = 0,
     ) -> None:
         """Move the bar."""
-        self._bars["val"].update()
+        self._step("val")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Close the bar."""
@@ -112,7 +113,7 @@ class Bar(ProgressBar):
         dataloader_idx: int = 0,
     ) -> None:
         """Move the bar."""
-        self._bars["test"].update()
+        self._step("test")
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Close the bar."""
@@ -131,6 +132,10 @@ class Bar(ProgressBar):
         self._bars[name] = tqdm(
             desc=text, total=length, leave=False, dynamic_ncols=True, disable=not self._enabled, bar_format=_FORMAT
         )
+
+    def _step(self, name: str) -> None:
+        if name in self._bars:
+            self._bars[name].update()
 
     def _close(self, name: str) -> None:
         bar = self._bars.pop(name, None)

@@ -6,8 +6,16 @@ import struct
 import subprocess
 import sys
 import threading
+from functools import partial
 
+import lightning as L
 import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from finetune.progress import Bar
 
 pty, fcntl, termios = (pytest.importorskip(name) for name in ("pty", "fcntl", "termios"))  # not on Windows
 
@@ -93,3 +101,51 @@ def test_nobody_looks(tmp_path, where):
     assert "\r" not in shown.replace("\r\n", "")
     assert "%|" not in shown
     assert "epoch 2/2  train/loss" in lines
+
+
+class Counting(L.LightningModule):
+    """A module of somebody else, whose step returns the bare loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def training_step(self, batch, batch_idx):
+        self.log("mine", 0.25, prog_bar=True)
+        return self.weight.sum() + 0.125
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([self.weight], 0.0)
+
+
+def fit(folder, **options):
+    keep = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=4, save_top_k=-1)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        logger=False,
+        callbacks=[Bar(), keep],
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    loader = DataLoader(range(6))
+    trainer.fit(Counting(), loader, loader, weights_only=True, **options)
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+def test_a_bar_for_any_module_also_from_the_middle_of_an_epoch(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("finetune.progress.tqdm", partial(tqdm, mininterval=0, ncols=150))  # every step is drawn
+    fit(tmp_path)
+    whole = capsys.readouterr()
+    assert whole.out == ""
+    assert "epoch 1/2:  50%|" in whole.err
+    assert "loss 0.125, lr 0, mine 0.25" in whole.err
+    assert "validation: 100%|" in whole.err
+    fit(tmp_path, ckpt_path=tmp_path / "step=4.ckpt")
+    rest = capsys.readouterr().err
+    assert "epoch 1/2:  83%|" in rest  # the fifth batch of six
+    assert "epoch 1/2:  50%|" not in rest
+    assert "epoch 2/2: 100%|" in rest
