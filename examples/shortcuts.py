@@ -104,7 +104,7 @@ def main() -> None:
     """Train the four networks and compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", nargs="?", default="digits", help="a folder of pictures (default: the built-in digits)")
-    parser.add_argument("--epochs", type=int, default=5, help="epochs of each network (default: 5)")
+    parser.add_argument("--epochs", type=int, default=10, help="epochs of each network (default: 10)")
     parser.add_argument("--size", type=int, default=32, help="side of a picture in pixels (default: 32)")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=0.1, help="learning rate (default: 0.1)")

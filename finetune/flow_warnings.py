@@ -1,7 +1,8 @@
 """What is wrong with the gradients of a run, in words that name the stage; each fault is told once per stage.
 
 Gradients of different stages are compared with those of the stage that is nearest to the loss, at the same step: at the end of
-a good run all of them are small.
+a good run all of them are small. In the healthy runs that the limits were chosen by (ResNets of 18 to 56 layers, pretrained and
+random) the ratio stayed between 1/140 and 20; in a network of 56 layers without shortcuts it went from 5,700 to 1/5,000.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from torch import nn
 
 from finetune.stage_flow import Flow, finite
 
-VANISHING = 1e-4
+VANISHING = 1e-3
 """Below this share of the gradient norm nearest to the loss, a stage's gradient has vanished."""
-EXPLODING = 1e4
+EXPLODING = 1e3
 """Above this multiple of it, it has exploded."""
 TOO_FAR = 2.0
 """An update of this many times the norm of the weights is none that training can follow."""
