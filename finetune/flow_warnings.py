@@ -35,7 +35,7 @@ class FlowWarnings:
     def __init__(self, scaled: bool = False) -> None:
         self._scaled = scaled
         self._told: set[tuple[str, str]] = set()
-        self._rows: Counter[tuple[str, str]] = Counter()
+        self._in_a_row: Counter[tuple[str, str]] = Counter()
 
     def judge(self, step: int, flows: Mapping[str, Flow]) -> list[str]:
         """Return what there is to say about a measurement.
@@ -64,10 +64,10 @@ class FlowWarnings:
     def _new(self, fault: str, stages: Iterable[str], lasting: int = 1) -> list[str]:
         """Count a fault that some stages show at this time; return those of which it has to be told now."""
         stages = list(stages)
-        for key in [key for key in self._rows if key[0] == fault and key[1] not in stages]:
-            del self._rows[key]
-        self._rows.update((fault, stage) for stage in stages)
-        new = [s for s in stages if self._rows[fault, s] >= lasting and (fault, s) not in self._told]
+        for key in [key for key in self._in_a_row if key[0] == fault and key[1] not in stages]:
+            del self._in_a_row[key]
+        self._in_a_row.update((fault, stage) for stage in stages)
+        new = [s for s in stages if self._in_a_row[fault, s] >= lasting and (fault, s) not in self._told]
         self._told.update((fault, stage) for stage in new)
         return new
 

@@ -206,7 +206,7 @@ class GradientFlow(Callback):
         if bad:
             names = names_of(batch, bad, getattr(trainer, "datamodule", None), split)
             where = f"{'training' if split == 'train' else 'validation'} batch {number} of epoch {trainer.current_epoch + 1}"
-            text = f"pictures hold NaN or infinite values: {names} (in {where}). Repair or remove them."
+            text = f"pictures hold NaN or infinite values: {names} in {where} (the first batch is 0). Repair or remove them."
             self._say(trainer, self._warnings.once("pictures", names, text))
 
 
@@ -262,4 +262,4 @@ def names_of(batch: Any, positions: Sequence[int], data: Any, split: str) -> str
     for key in ("file", "path"):
         if isinstance(inside.get(key), Sequence):
             return ", ".join(str(inside[key][position]) for position in shown) + more
-    return f"number {', '.join(map(str, shown))}{more} (counted from 0)"
+    return f"number {', '.join(map(str, shown))}{more}, counted from 0,"

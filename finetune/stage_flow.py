@@ -51,6 +51,8 @@ class Flow:
 class Measurement:
     """One measurement: begun when the gradients are there, finished when the optimizer has moved the weights.
 
+    In between it holds a copy of the weights that train, at a time when the activations of the step are gone.
+
     Args:
         members: The parameters of each stage by name.
         start: The weights that training started from, by the same names, on any device; what it lacks has no distance.

@@ -336,8 +336,8 @@ def test_an_exploding_learning_rate(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("kind", "says"),
     [
-        ("named", "photos/009.tif, photos/014.tif (in training batch 1 of epoch 1)"),
-        ("pair", "number 1, 6 (counted from 0) (in training batch 1 of epoch 1)"),
+        ("named", "photos/009.tif, photos/014.tif in training batch 1 of epoch 1"),
+        ("pair", "number 1, 6, counted from 0, in training batch 1 of epoch 1"),
     ],
 )
 def test_a_picture_with_nan_stops_the_run_and_is_named(tmp_path, capsys, kind, says):
@@ -353,7 +353,7 @@ def test_a_picture_with_nan_in_the_validation_data(tmp_path, capsys):
     with pytest.raises(DataError, match="NaN in 1 of 8"):
         trainer(tmp_path, GradientFlow(tmp_path)).fit(module(), loader(), loader(16, kind="named", bad=[13]))
     (line,) = warned(capsys)
-    assert "photos/013.tif (in validation batch 1 of epoch 1)" in line
+    assert "photos/013.tif in validation batch 1 of epoch 1" in line
 
 
 def test_nan_that_no_check_stops_names_picture_and_stages(tmp_path, capsys):
