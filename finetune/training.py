@@ -24,8 +24,8 @@ from finetune.arguments import resolve
 from finetune.callbacks import EpochLine, PhaseEarlyStopping
 from finetune.defaults import RunOptions, trainer_defaults
 from finetune.errors import ConfigError
-from finetune.keep_outcomes import KeepOutcomes
 from finetune.gradient_flow import GradientFlow
+from finetune.keep_outcomes import KeepOutcomes
 from finetune.module import FinetuneModule
 from finetune.parser import Parser, instantiate, own_errors
 from finetune.runs import CHECKPOINTS, CONFIG, RESUMED_CONFIG, AtomicCheckpointIO, RunLogger, new_run, run_of
