@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from finetune.errors import WeightsError as WeightsError
     from finetune.freezing import Phase as Phase
     from finetune.freezing import plan as plan
+    from finetune.gradient_flow import GradientFlow as GradientFlow
     from finetune.module import FinetuneModule as FinetuneModule
     from finetune.predictor import Prediction as Prediction
     from finetune.predictor import Predictor as Predictor
@@ -41,6 +42,7 @@ _HOME = {
     "FinetuneError": "errors",
     "FinetuneModule": "module",
     "FolderDataModule": "data",
+    "GradientFlow": "gradient_flow",
     "InputSpec": "transforms",
     "Phase": "freezing",
     "Prediction": "predictor",

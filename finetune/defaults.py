@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from finetune.errors import ConfigError
 from finetune.hardware import best_precision
 
 
@@ -26,6 +27,7 @@ class RunOptions:
         tags: Tags of the run in W&B, such as [frozen, first].
         offline: Keep the W&B run on this machine, to be sent later with `wandb sync`.
         artifact: Keep the best checkpoint in W&B, too.
+        gradients_every: Measure gradients and weights stage by stage every so many steps (gradients.csv); 0 turns it off.
     """
 
     name: str | None = None
@@ -40,6 +42,11 @@ class RunOptions:
     tags: list[str] | None = None
     offline: bool = False
     artifact: bool = False
+    gradients_every: int = 50
+
+    def __post_init__(self) -> None:
+        if self.gradients_every < 0:
+            raise ConfigError(f"Expected run.gradients_every to be 0 (off) or more, found {self.gradients_every}.")
 
 
 def trainer_defaults() -> dict[str, Any]:

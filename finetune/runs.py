@@ -92,6 +92,30 @@ def run_of(checkpoint: Path) -> Path | None:
     return checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS else None
 
 
+def drop_repeated(file: Path, until: int | None) -> list[str]:
+    """Drop the rows of a CSV file that a kill cut off, and those of steps that will be done again.
+
+    Args:
+        file: A file with the column `step`.
+        until: Optimizer steps that are done; all are if None.
+
+    Returns:
+        The columns of the file.
+    """
+    with file.open(newline="") as handle:
+        reader = csv.DictReader(handle)
+        rows, columns = list(reader), list(reader.fieldnames or [])
+    kept = [row for row in rows if None not in row and (row.get("step") or "").isdigit()]
+    kept = [row for row in kept if until is None or int(row["step"]) < until]
+    partial = file.with_name(f"{file.name}.part")
+    with partial.open("w", newline="") as handle:
+        writer = csv.DictWriter(handle, fieldnames=columns)
+        writer.writeheader()
+        writer.writerows(kept)
+    os.replace(partial, file)
+    return columns
+
+
 class RunLogger(CSVLogger):
     """Write `metrics.csv` into a run's folder; a resumed run goes on with the file that is there.
 
@@ -120,19 +144,8 @@ class _Writer(ExperimentWriter):
     def __init__(self, log_dir: str, until: int | None) -> None:
         super().__init__(log_dir)
         file = Path(self.metrics_file_path)
-        if not file.is_file():
-            return
-        with file.open(newline="") as handle:
-            reader = csv.DictReader(handle)
-            rows, self.metrics_keys = list(reader), list(reader.fieldnames or [])
-        kept = [row for row in rows if None not in row and (row.get("step") or "").isdigit()]  # a kill may cut a line off
-        kept = [row for row in kept if until is None or int(row["step"]) < until]
-        partial = file.with_name(f"{file.name}.part")
-        with partial.open("w", newline="") as handle:
-            writer = csv.DictWriter(handle, fieldnames=self.metrics_keys)
-            writer.writeheader()
-            writer.writerows(kept)
-        os.replace(partial, file)
+        if file.is_file():
+            self.metrics_keys = drop_repeated(file, until)
 
     def _check_log_dir_exists(self) -> None:
         """Keep what is there: the folder is ours, and Lightning would delete `metrics.csv`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cached_property
 from typing import TypeVar
@@ -62,11 +63,17 @@ class StagedModule(L.LightningModule):
             images: (N, 3, H, W), uint8, or float in [0, 1].
 
         Raises:
-            DataError: If float pictures leave [0, 1], as they do when they were normalised before.
+            DataError: If float pictures hold NaN, or leave [0, 1], as they do when they were normalised before.
         """
         if images.dtype == torch.uint8:
             return images.to(self.mean.dtype, memory_format=self.memory_layout).div_(255).sub_(self.mean).div_(self.std)
         low, high = (float(x) for x in images.aminmax())
+        if math.isnan(low):
+            bad = images.isnan().flatten(1).any(1).nonzero().flatten().tolist()
+            raise DataError(
+                "Expected pictures as uint8, or as float between 0 and 1; found NaN in "
+                f"{len(bad)} of {len(images)} in a batch: number {', '.join(map(str, bad[:5]))} (counted from 0). Repair them."
+            )
         if not (low >= -0.1 and high <= 1.1):  # resizing with bicubic overshoots a little
             raise DataError(
                 f"Expected pictures as uint8, or as float between 0 and 1; found float between {low:.3g} and {high:.3g}. "
@@ -112,6 +119,11 @@ class StagedModule(L.LightningModule):
             if name not in placed:
                 members.setdefault(name.partition(".")[0], []).append(name)
         return members
+
+    @property
+    def never_trained(self) -> frozenset[str]:
+        """The names of the parameters that the network itself keeps fixed, whatever the phase."""
+        return frozenset(self._never_trained)
 
     def apply_phase(self, phase: Phase) -> None:
         """Let the stages of a phase train and freeze the others: their weights, gradients and statistics stay as they are."""

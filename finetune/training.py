@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
-import sys
+import time
 import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -13,18 +13,19 @@ from typing import Any
 import lightning as L
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from tabulate import tabulate
 
-from finetune import checkpoints, hardware
+from finetune import checkpoints, hardware, progress
 from finetune.arguments import resolve
 from finetune.augmented import AugmentedPictures
 from finetune.callbacks import EpochLine, PhaseEarlyStopping
 from finetune.defaults import RunOptions, trainer_defaults
 from finetune.errors import ConfigError
+from finetune.gradient_flow import GradientFlow
 from finetune.keep_outcomes import KeepOutcomes
 from finetune.module import FinetuneModule
 from finetune.parser import Parser, instantiate, own_errors
@@ -214,16 +215,17 @@ class FinetuneCLI(LightningCLI):
         parse_names(options.track)  # before there is a folder
         self._warn_of_emulation(config["precision"])
         config["strategy"] = self._strategy(config)
-        config["enable_progress_bar"] = (
-            config["enable_progress_bar"] if config["enable_progress_bar"] is not None else _is_terminal()
-        )
-        callbacks: list[L.Callback] = []
+        if config["enable_progress_bar"] is None:
+            config["enable_progress_bar"] = progress.wanted()
+        given = config["callbacks"] if isinstance(config["callbacks"], list) else [config["callbacks"]]
+        own_bar = config["enable_progress_bar"] and not any(isinstance(one, ProgressBar) for one in given)
+        callbacks: list[L.Callback] = [progress.Bar()] if own_bar else []
         if self.subcommand == "fit" and not config["fast_dev_run"]:
             self.run_folder = self._run_folder(options)
             config["default_root_dir"] = str(self.run_folder)
             config["logger"] = self._loggers(config["logger"], options, self.run_folder)
             config["plugins"] = _with_checkpoint_io(config["plugins"])
-            callbacks = self._callbacks(options, self.run_folder, config["enable_checkpointing"] is not False)
+            callbacks += self._callbacks(options, self.run_folder, config["enable_checkpointing"] is not False)
             if (self.run_folder / CONFIG).exists():
                 self.save_config_kwargs = {**self.save_config_kwargs, "config_filename": RESUMED_CONFIG}
         else:
@@ -259,6 +261,8 @@ class FinetuneCLI(LightningCLI):
             callbacks += [KeepOutcomes(run_folder, self.best), self.best, ModelCheckpoint(filename="last", **where)]
         if options.patience is not None:
             callbacks.append(PhaseEarlyStopping(options.monitor, mode=mode, patience=options.patience))
+        if options.gradients_every:
+            callbacks.append(GradientFlow(run_folder, options.gradients_every))
         return callbacks
 
     def _strategy(self, config: dict[str, Any]) -> Any:
@@ -284,6 +288,7 @@ class FinetuneCLI(LightningCLI):
             checkpoints.refuse_other_options(self.stored["hyper_parameters"] or {}, self.model.hparams)
         if self.tracking is not None:
             self.tracking.config = flat_options(self.config[self.subcommand].as_dict(), self.model)
+        self._began = time.perf_counter()
         try:
             with closing_if_it_fails(self.trainer.loggers):
                 self.trainer.fit(**kwargs)
@@ -317,7 +322,9 @@ class FinetuneCLI(LightningCLI):
             return
         score = self.best.best_model_score
         if score is not None:
-            rank_zero_print(f"\nbest {self.best.monitor} {float(score):.4f} ({_relative(chosen)})")
+            epoch = int(checkpoints.read(chosen)["epoch"]) + 1
+            rank_zero_print(f"\nbest   {self.best.monitor} {float(score):.4f} in epoch {epoch} ({_relative(chosen)})")
+        rank_zero_print(f"time   {progress.duration(time.perf_counter() - self._began)} for training")
         if self._has_test():
             results = self.trainer.test(datamodule=self.datamodule, ckpt_path=str(chosen), weights_only=True, verbose=False)
             rank_zero_print(_metric_table(results))
@@ -369,7 +376,3 @@ def _with_checkpoint_io(plugins: Any) -> list[Any]:
 def _relative(path: Path) -> Path:
     path = path.absolute()
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
-def _is_terminal() -> bool:
-    return sys.stderr.isatty()
