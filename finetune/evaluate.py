@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from finetune.folders import SPLITS, Split
 from finetune.labelled import Labelled, own_pictures, pictures_in
 from finetune.outcomes import Outcome, write_outcome
 from finetune.predictor import Augmentations, Predictor
+from finetune.report import write_report
+from finetune.run_files import RunFiles
 from finetune.runs import run_of
 from finetune.scores import Interval, confused_pairs, confusion, ece, metrics, per_class, selective
 from finetune.whole import new_folder, require_free
@@ -84,13 +87,16 @@ def evaluate(
         "model": str(trained.path),
         "pictures": pictures.name,
         "number": len(outcome),
-        "temperature": predictor.trained.temperature,
         "tta": tta,
+        "temperature": predictor.trained.temperature,
         "metrics": {name: interval._asdict() for name, interval in found.items()},
         "selective": [dict(zip(_SELECTIVE, row, strict=True)) for row in _selective(outcome, threshold)],
     }
     with new_folder(target) as partial:
-        _write(partial, outcome, report)
+        _write_tables(partial, outcome, report)
+        files = RunFiles(run_of(trained.path) or target)
+        files.outcomes = {pictures.name: outcome}
+        write_report(files, partial / "report.html")
     print(_text(outcome, found, threshold, pictures.name, predictor.trained.temperature))
     print(f"files  {target}/  ({', '.join(sorted(path.name for path in target.iterdir()))})")
     return target
@@ -104,24 +110,24 @@ def outcome_of(predictor: Predictor, pictures: Labelled, workers: int | None = N
     """
     known = dict(zip(pictures.files, pictures.labels, strict=True))
     workers = 0 if workers is None and len(known) <= predictor.batch_size else workers
-    files, rows, failed = [], [], []
+    read, rows, failed = [], [], []
     with tqdm(total=len(known), unit="picture", disable=None) as bar:
         for batch in predictor.stream(pictures.files, workers=workers):
             for answer in batch:
                 if answer.values is None:
                     failed.append(answer.error)
                 else:
-                    files.append(answer.file)
+                    read.append(answer.file)
                     rows.append(answer.values)
             bar.update(len(batch))
     if not rows:
         raise DataError(f"None of the {len(known)} pictures of {pictures.name} can be read. The first: {failed[0]}")
     if failed:
         print(f"warning: {len(failed)} pictures cannot be read and are left out:\n  " + "\n  ".join(failed[:5]))
-    labels = np.array([known[file] for file in files], np.int64)
+    labels = np.array([known[file] for file in read], np.int64)
     probabilities = np.stack(rows).astype(np.float64)
     probabilities /= probabilities.sum(1, keepdims=True)  # float32 adds up to 1 only nearly
-    return Outcome(files, labels, probabilities, predictor.classes)
+    return Outcome([os.path.abspath(file) for file in read], labels, probabilities, predictor.classes)
 
 
 def _checked(split: str | None, threshold: Sequence[float], resamples: int) -> Split | None:
@@ -173,7 +179,7 @@ def _selective(outcome: Outcome, thresholds: Iterable[float]) -> list[tuple[floa
     return [(threshold, coverage, None if math.isnan(accuracy) else accuracy) for threshold, coverage, accuracy in rows]
 
 
-def _write(folder: Path, outcome: Outcome, report: Mapping[str, Any]) -> None:
+def _write_tables(folder: Path, outcome: Outcome, report: Mapping[str, Any]) -> None:
     write_outcome(outcome, folder / "predictions.csv")
     (folder / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
     columns = per_class(outcome)

@@ -17,6 +17,7 @@ from finetune.images import read_image
 from finetune.labelled import Labelled, data_of, pictures_in
 from finetune.outcomes import Floats, Ints, read_outcome
 from finetune.predictor import Predictor
+from finetune.run_files import EXPLAINED
 from finetune.runs import run_of
 from finetune.scores import worst_mistakes
 from finetune.staged import StagedModule
@@ -167,6 +168,8 @@ def explain(
     true: dict[str, str] = {}
     if mistakes:
         true = _mistakes(predictor, most)
+        if not true:
+            raise DataError(f"{predictor.trained.path} made no mistake on the pictures it was measured on.")
     files = list(true) if mistakes else Pictures(pictures).all()[:most]
     target = Path(out)
     pages = [files[at : at + _PER_PAGE] for at in range(0, len(files), _PER_PAGE)]
@@ -185,6 +188,27 @@ def explain(
     return places
 
 
+def draw_mistakes(run: Path, most: int = 6) -> Path | None:
+    """Draw where the best checkpoint of a run looked in its worst mistakes, for the report; None if it made none.
+
+    Args:
+        run: The run's folder.
+        most: At most so many pictures.
+
+    Raises:
+        FinetuneError: If its checkpoint or its pictures cannot be read.
+    """
+    predictor = Predictor(run, device="cpu")
+    module = predictor.trained.require_module()
+    true = _mistakes(predictor, most)
+    if not true:
+        return None
+    files = list(true)
+    images = torch.stack([predictor.transform(read_image(file)) for file in files])
+    _draw(predictor, files, images, grad_cam(module, images), None, 0, true).savefig(run / EXPLAINED, dpi=110)
+    return run / EXPLAINED
+
+
 def _mistakes(predictor: Predictor, most: int) -> dict[str, str]:
     """Return the worst mistakes of a run, and their true classes."""
     run = run_of(predictor.trained.path)
@@ -195,10 +219,7 @@ def _mistakes(predictor: Predictor, most: int) -> dict[str, str]:
             "folder. Name pictures instead of --mistakes."
         )
     outcome = read_outcome(tables[0])
-    found = {outcome.files[i]: outcome.classes[outcome.labels[i]] for i in worst_mistakes(outcome, most)}
-    if not found:
-        raise DataError(f"There is no mistake in {tables[0]}.")
-    return found
+    return {outcome.files[i]: outcome.classes[outcome.labels[i]] for i in worst_mistakes(outcome, most)}
 
 
 def _among(predictor: Predictor, folder: str | None) -> Labelled:

@@ -17,7 +17,7 @@ from finetune import curve_figures as curves
 from finetune import outcome_figures as outcomes
 from finetune import scores
 from finetune.figure_style import FAINT, INK
-from finetune.run_files import AUGMENTED, Curve, RunFiles, in_order
+from finetune.run_files import AUGMENTED, EXPLAINED, Curve, RunFiles, in_order
 from finetune.thumbnails import thumbnail
 
 if TYPE_CHECKING:
@@ -114,6 +114,9 @@ def _of_pictures(files: RunFiles) -> dict[str, Figure]:
     seen = thumbnail(files.folder / AUGMENTED, side=1200)
     if seen is not None:
         found["augmented"] = outcomes.picture_grid("Training pictures as the network sees them", [seen], [""], size=4.4)
+    explained = thumbnail(files.folder / EXPLAINED, side=1600)
+    if explained is not None:
+        found["explained"] = outcomes.picture_grid("Where the model looked in its worst mistakes", [explained], [""], size=6)
     outcome = next(iter(files.outcomes.values()), None)
     worst = [] if outcome is None else scores.worst_mistakes(outcome, 12)
     if outcome is not None and worst:

@@ -13,7 +13,7 @@ from finetune import scores
 from finetune.figures import of_run
 from finetune.outcomes import Outcome
 from finetune.page import drawn, render, seconds, value_text, write_page
-from finetune.run_files import AUGMENTED, RunFiles, flat
+from finetune.run_files import AUGMENTED, EXPLAINED, RunFiles, flat
 from finetune.runs import CHECKPOINTS, CONFIG
 from finetune.thumbnails import data_uri, thumbnail
 
@@ -44,11 +44,11 @@ _OPTIONS = {
 }
 
 
-def write_report(run: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> Path:
+def write_report(run: str | os.PathLike[str] | RunFiles, out: str | os.PathLike[str] | None = None) -> Path:
     """Write the report of a run, which may be going on, have ended, or have been killed.
 
     Args:
-        run: The run's folder.
+        run: The run's folder, or its files.
         out: Where to write; `report.html` in the run's folder if None.
 
     Returns:
@@ -57,7 +57,7 @@ def write_report(run: str | os.PathLike[str], out: str | os.PathLike[str] | None
     Raises:
         ConfigError: If it cannot be written.
     """
-    files = RunFiles(run)
+    files = run if isinstance(run, RunFiles) else RunFiles(run)
     return write_page(Path(out or files.folder / REPORT), render("report.html", **content(files)))
 
 
@@ -79,7 +79,8 @@ def content(files: RunFiles) -> dict[str, Any]:
         "facts": list(_facts(files)),
         "stages": list(_stages(files)),
         "phases": list(_phases(files)),
-        "augmented": _augmented(files),
+        "augmented": _picture(files, AUGMENTED),
+        "explained": _picture(files, EXPLAINED),
         "figures": figures,
         "training_figures": any(name in figures for name in ("loss", "metrics", "learning_rates", "gradient_flow")),
         "splits": [{"name": name, "pictures": len(found)} for name, found in files.outcomes.items()],
@@ -202,8 +203,8 @@ def _phases(files: RunFiles) -> Iterator[dict[str, Any]]:
         }
 
 
-def _augmented(files: RunFiles) -> str | None:
-    file = files.folder / AUGMENTED
+def _picture(files: RunFiles, name: str) -> str | None:
+    file = files.folder / name
     return data_uri(file.read_bytes()) if file.is_file() else None
 
 

@@ -25,6 +25,7 @@ from finetune.runs import CHECKPOINTS, CONFIG, RESUMED_CONFIG
 from finetune.sample import BUILT_IN
 
 RECORD, METRICS, GRADIENTS, AUGMENTED = "record.json", "metrics.csv", "gradients.csv", "augmented.jpg"
+EXPLAINED = "explained.png"
 PREDICTIONS = {"test": "predictions.test.csv", "val": "predictions.val.csv"}
 RATE = "lr/"
 

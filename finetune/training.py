@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shlex
 import time
@@ -24,7 +25,8 @@ from finetune.arguments import resolve
 from finetune.augmented import AugmentedPictures
 from finetune.callbacks import EpochLine, PhaseEarlyStopping
 from finetune.defaults import RunOptions, trainer_defaults
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, FinetuneError
+from finetune.explain import draw_mistakes
 from finetune.gradient_flow import GradientFlow
 from finetune.keep_outcomes import KeepOutcomes
 from finetune.module import FinetuneModule
@@ -338,6 +340,9 @@ class FinetuneCLI(LightningCLI):
     @rank_zero_only
     def _write_report(self, run: Path) -> None:
         try:
+            if isinstance(self.model, FinetuneModule) and self.model.classifies:
+                with contextlib.suppress(FinetuneError):  # data without files: there is nothing to look at
+                    draw_mistakes(run)
             write_report(run)
         except Exception as error:  # whatever is wrong with a figure, the training is done
             print(f"warning: The report could not be written ({error}). Try again: resnet-finetune report {_relative(run)}")

@@ -49,6 +49,7 @@ def test_all_that_is_written_is_what_scikit_learn_says_of_the_predictions(capsys
         "metrics.json",
         "per_class.csv",
         "predictions.csv",
+        "report.html",
     ]
     table = read(target / "predictions.csv")
     true, predicted = ([row[column] for row in table] for column in ("true", "label"))

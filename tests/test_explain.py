@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from finetune import ConfigError, DataError, FinetuneModule
-from finetune.explain import explain, grad_cam, nearest
+from finetune.explain import draw_mistakes, explain, grad_cam, nearest
 from finetune.labelled import pictures_in
 from finetune.main import main
 from finetune.outcomes import Outcome, write_outcome
@@ -124,6 +124,13 @@ def test_the_worst_mistakes_of_a_run():
     (page,) = explain(RUN, PICTURES[:2], neighbours=0, out="other")
     with Image.open(page) as image:
         assert image.height == height  # two rows: one of the three was right
+    assert draw_mistakes(Path(RUN)) == Path(RUN, "explained.png")
+    with Image.open(Path(RUN, "explained.png")) as image:
+        assert image.height == height
+    write_outcome(Outcome(PICTURES, np.array([1, 1, 2]), probabilities, CLASSES), Path(RUN, "predictions.val.csv"))
+    assert draw_mistakes(Path(RUN)) is None
+    with pytest.raises(DataError, match="made no mistake"):
+        explain(RUN, mistakes=True, neighbours=0, out="third")
 
 
 @pytest.mark.usefixtures("labelled")

@@ -37,6 +37,7 @@ def test_the_tables_are_what_the_best_checkpoint_says(tmp_path, monkeypatch):
         assert list(outcome.files) == [str(path.absolute()) for path in data.files(split)]
         assert outcome.labels.tolist() == data.labels(split)
         np.testing.assert_allclose(outcome.probabilities, Predictor(run).probabilities(outcome.files), atol=1e-4)
+    assert 'id="explained"' in (run / "report.html").read_text()
     accuracy = (outcome := read_outcome(run / "predictions.val.csv")).predicted == outcome.labels
     assert accuracy.mean() == pytest.approx(max(scores), abs=1e-6)
 
