@@ -168,7 +168,7 @@ def test_training_ends_with_a_report(fit, read_page):
     assert {"augmented", "loss", "metrics", "learning_rates", "confusion", "reliability"} <= set(page.ids())
     assert [row[0] for row in page.rows if row and row[0] in "0123456789"] == list("0123456789")
     images = [attributes["src"] for tag, attributes in page.elements if tag == "img"]
-    assert len(images) == 25  # the sheet, and the mistakes
+    assert len(images) == 26  # the sheet, the mistakes, and where the model looked
     assert "missing or unreadable" not in " ".join(page.text)
 
 
