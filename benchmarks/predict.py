@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
@@ -57,7 +58,7 @@ def trained(folder: Path, options: argparse.Namespace, root: Path) -> Path:
     """Save a model as a checkpoint; its weights do not matter here."""
     data = FolderDataModule(root, image_size=options.size)
     model = FinetuneModule(options.backbone, num_classes=data.num_classes, class_names=data.classes, weights="none")
-    model.input_spec = type(model.input_spec)(options.size, *list(vars(model.input_spec).values())[1:])
+    model.input_spec = replace(model.input_spec, size=options.size)
     with quiet():
         trainer = L.Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu")
         trainer.strategy.connect(model)
