@@ -112,16 +112,23 @@ def nearest(predictor: Predictor, pictures: Sequence[str], among: Labelled, numb
     Args:
         predictor: The model.
         pictures: N pictures.
-        among: Where to look.
+        among: Where to look; pictures that cannot be read are passed over.
         number: How many for each.
+
+    Raises:
+        DataError: If none of the pictures to look among can be read.
     """
     from sklearn.neighbors import NearestNeighbors
 
-    number = min(number, len(among.files))
-    search = NearestNeighbors(n_neighbors=number, metric="cosine").fit(predictor.features(among.files))
+    answers = [answer for batch in predictor.stream(among.files, embed=True) for answer in batch]
+    known = [(answer, label) for answer, label in zip(answers, among.labels, strict=True) if answer.values is not None]
+    if not known:
+        raise DataError(f"None of the {len(answers)} pictures of {among.name} can be read. The first: {answers[0].error}")
+    search = NearestNeighbors(n_neighbors=min(number, len(known)), metric="cosine").fit([answer.values for answer, _ in known])
     distances, found = search.kneighbors(predictor.features(list(pictures)))
-    files = [[among.files[index] for index in row] for row in found]
-    return Neighbours(files, np.asarray(among.labels)[found], np.asarray(1 - distances, np.float64))
+    files = [[known[index][0].file for index in row] for row in found]
+    labels = np.array([label for _, label in known], np.int64)
+    return Neighbours(files, labels[found], np.asarray(1 - distances, np.float64))
 
 
 def explain(

@@ -6,6 +6,7 @@ import csv
 import io
 import itertools
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ def predict_to_file(
     print(f"{total} pictures{unreadable}: {out}")
 
 
-class _Encoder:
+class _Encoder(ABC):
     """Turns answers into the rows of a table.
 
     Args:
@@ -116,9 +117,9 @@ class _Encoder:
         """Return what stands before the rows."""
         return b""
 
+    @abstractmethod
     def __call__(self, answers: Sequence[Answer]) -> bytes:
         """Return the rows of some answers."""
-        raise NotImplementedError
 
 
 class _Csv(_Encoder):

@@ -95,6 +95,9 @@ def test_neighbours_are_those_of_a_search_by_hand():
     for files, labels in zip(found.files, found.labels, strict=True):
         assert [CLASSES[label] for label in labels] == [Path(file).parent.name for file in files]
     assert nearest(predictor, PICTURES, among, 99).labels.shape == (3, 12)
+    Path(found.files[0][0]).write_bytes(b"no picture")
+    without = nearest(predictor, PICTURES[:1], among, 4)
+    assert without.files[0] == found.files[0][1:]
 
 
 @pytest.mark.usefixtures("labelled")
