@@ -25,11 +25,12 @@ from finetune.decoded import Decoded, keep_decoded
 from finetune.errors import ConfigError, DataError, did_you_mean
 from finetune.folders import PictureFolder, Split, scan, summary, write_split
 from finetune.hardware import worker_count
-from finetune.loading import EvalSampler, PictureDataset, TrainSampler, even_batch_size
+from finetune.loading import EvalSampler, PictureDataset, Sampling, TrainSampler, even_batch_size
 from finetune.positioned import PositionedDataModule
 from finetune.randomness import global_seed, seed_of
 from finetune.reuse import Reuse, ReuseLoader, ReuseType
 from finetune.sample import BUILT_IN
+from finetune.subsets import check_subset, fewer, fold_of
 from finetune.transforms import Augmentation, InputSpec, eval_transform, train_transform
 
 Batch = dict[str, Tensor]
@@ -64,7 +65,14 @@ class FolderDataModule(PositionedDataModule):
         hflip: Whether mirror images are the same class. By default yes, and no for the built-in digits.
         val_fraction: Share of each class to validate with, if the folder has no validation split.
         test_fraction: Share of each class to test with, if the folder has no test split.
-        split_seed: Another seed draws other pictures for these shares.
+        split_seed: Another seed draws other pictures for these shares, and for shots, fraction and folds.
+        shots: Train on so many pictures of each class only; all if null. Validation and test stay as they are.
+        fraction: Train on this share of the pictures of each class only.
+        folds: Cross-validation: fit trains so many times, each time with another part of the pictures to validate with, and
+            prints all results with their mean and spread.
+        fold: Train with this fold only, from 1.
+        sampling: How often training pictures are seen: natural (each once per epoch) or balanced (each class equally often:
+            pictures of small classes several times, some of large classes in another epoch).
         workers: Processes that read pictures. By default one per core up to 8, and none for fewer than 64 pictures.
         eval_batch_size: Pictures per step and device in validation and test. By default twice the batch size.
         decoded: Keep the pictures decoded, with so many pixels on the shorter side, also for later runs; worth it where they
@@ -88,6 +96,11 @@ class FolderDataModule(PositionedDataModule):
         val_fraction: float = 0.2,
         test_fraction: float = 0.0,
         split_seed: int = 0,
+        shots: int | None = None,
+        fraction: float = 1.0,
+        folds: int | None = None,
+        fold: int | None = None,
+        sampling: Sampling = "natural",
         workers: int | None = None,
         eval_batch_size: int | None = None,
         decoded: int | None = None,
@@ -104,6 +117,8 @@ class FolderDataModule(PositionedDataModule):
         self.image_size = _BUILT_IN_SIZE if image_size is None and root in BUILT_IN else image_size
         self.hflip = root not in BUILT_IN if hflip is None else hflip
         self.val_fraction, self.test_fraction, self.split_seed = val_fraction, test_fraction, split_seed
+        self.shots, self.fraction, self.folds, self.fold = shots, fraction, folds, fold
+        self.sampling = sampling
         self.workers = workers
         self.decoded = decoded
         self._check_options(eval_batch_size)
@@ -127,6 +142,7 @@ class FolderDataModule(PositionedDataModule):
         if self.augment not in levels:
             hint = did_you_mean(str(self.augment), levels)
             raise ConfigError(f"Unknown data.augment '{self.augment}'.{hint} Expected {', '.join(levels)}.")
+        check_subset(self.shots, self.fraction, self.folds, self.fold)
         val, test = self.val_fraction, self.test_fraction
         if not (0 <= val < 1 and 0 <= test < 1 and val + test < 1):
             raise ConfigError(
@@ -139,6 +155,12 @@ class FolderDataModule(PositionedDataModule):
     @cached_property
     def folder(self) -> PictureFolder:
         """The classes and pictures; the folder is searched on first use, so no `setup` is needed."""
+        found = self._scan()
+        if self.folds:
+            found = fold_of(found, self.folds, self.fold or 1, self.split_seed)
+        return fewer(found, self.shots, self.fraction, self.split_seed)
+
+    def _scan(self) -> PictureFolder:
         if make := BUILT_IN.get(self.root):
             return scan(make())
         try:
@@ -201,7 +223,8 @@ class FolderDataModule(PositionedDataModule):
         if trainer and trainer.overfit_batches:
             return self._loader(dataset, self.batch_size)
         position = self.position if trainer else None
-        sampler = TrainSampler(dataset, self.batch_size, seed, position, *self.ranks())
+        labels = torch.tensor(self.labels("train")) if self.sampling == "balanced" else None
+        sampler = TrainSampler(dataset, self.batch_size, seed, position, *self.ranks(), labels=labels)
         loader = self._loader(dataset, self.batch_size, sampler, drop_last=len(sampler) > self.batch_size)
         return self._reusing(loader, "train")
 
@@ -235,6 +258,8 @@ class FolderDataModule(PositionedDataModule):
     def eval_loader(self, split: Split) -> DataLoader[dict[str, Any]]:
         """Return the pictures of a split once each, in the order of `files` and without augmentation.
 
+        Several processes share them.
+
         Raises:
             DataError: If there are fewer pictures than processes.
         """
@@ -257,7 +282,9 @@ class FolderDataModule(PositionedDataModule):
     @property
     def order_key(self) -> int:
         """A number that is equal where the order of an epoch is."""
-        return seed_of(global_seed(), self.batch_size, *(picture.file for picture in self.folder.splits["train"]))
+        return seed_of(
+            global_seed(), self.batch_size, self.sampling, *(picture.file for picture in self.folder.splits["train"])
+        )
 
     def _resized(self, spec: InputSpec) -> InputSpec:
         return spec if self.image_size is None else replace(spec, size=self.image_size)

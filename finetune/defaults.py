@@ -19,6 +19,10 @@ class RunOptions:
         monitor: The metric that chooses best.ckpt.
         mode: Whether more or less of the metric is better; less for a loss, more for all else, if null.
         patience: Stop after this many epochs of the last phase without a better metric; never if null.
+        ema: Decay of a moving average of the weights, such as 0.999, which validation and checkpoints then see; none if null.
+            It begins with the first phase that trains more than the head.
+        soup: Average the weights of so many best epochs behind the run and keep them as soup.ckpt; none if null.
+        seeds: Train so many times with seeds that follow each other, and print all results with their mean and spread.
         track: Where else to follow the run, with commas between: wandb, tensorboard; csv (metrics.csv) is always on. In short
             --track.
         project: Project in W&B; the environment's WANDB_PROJECT, or resnet-finetune, if null.
@@ -35,6 +39,9 @@ class RunOptions:
     monitor: str = "val/acc"
     mode: Literal["max", "min"] | None = None
     patience: int | None = None
+    ema: float | None = None
+    soup: int | None = None
+    seeds: int = 1
     track: str | list[str] = "csv"
     project: str | None = None
     entity: str | None = None
@@ -47,6 +54,10 @@ class RunOptions:
     def __post_init__(self) -> None:
         if self.gradients_every < 0:
             raise ConfigError(f"Expected run.gradients_every to be 0 (off) or more, found {self.gradients_every}.")
+        if self.soup is not None and self.soup < 2:
+            raise ConfigError(f"Expected run.soup to be at least 2 epochs, found {self.soup}.")
+        if self.seeds < 1:
+            raise ConfigError(f"Expected run.seeds to be at least 1, found {self.seeds}.")
 
 
 def trainer_defaults() -> dict[str, Any]:

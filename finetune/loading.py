@@ -9,9 +9,10 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
 from finetune.decoded import Decoded
@@ -22,6 +23,7 @@ from finetune.randomness import seed_of
 from finetune.transforms import Transform
 
 Position = Callable[[], tuple[int, int]]
+Sampling = Literal["natural", "balanced"]
 
 
 class PictureDataset(Dataset[dict[str, Any]]):
@@ -92,14 +94,23 @@ class TrainSampler(DistributedSampler[Any]):
         position: Returns the epoch and how many batches of it are done; if None, the epoch is that of `set_epoch`.
         world: Number of processes.
         rank: Number of this process.
+        labels: Labels of the pictures, (N,), to show each class equally often; None to show each picture once.
     """
 
     def __init__(
-        self, dataset: Dataset[Any], batch_size: int, seed: int, position: Position | None = None, world: int = 1, rank: int = 0
+        self,
+        dataset: Dataset[Any],
+        batch_size: int,
+        seed: int,
+        position: Position | None = None,
+        world: int = 1,
+        rank: int = 0,
+        labels: Tensor | None = None,
     ) -> None:
         super().__init__(dataset, num_replicas=world, rank=rank, seed=seed)
         self.batch_size = batch_size
         self.position = position
+        self.labels = labels
         self.pictures: int = len(dataset)  # type: ignore[arg-type]
         self.num_samples = max(1, self.pictures // world)
         self.total_size = self.num_samples * world
@@ -108,10 +119,36 @@ class TrainSampler(DistributedSampler[Any]):
         epoch, done = self.position() if self.position else (self.epoch, 0)
         turn, skip = divmod(done, max(1, self.num_samples // self.batch_size))
         generator = torch.Generator().manual_seed(seed_of(self.seed, "order", epoch, turn))
-        order = torch.randperm(self.pictures, generator=generator).tolist()
+        if self.labels is None:
+            order = torch.randperm(self.pictures, generator=generator).tolist()
+        else:
+            order = balanced_order(self.labels, generator).tolist()
         order *= -(-self.total_size // self.pictures)  # fewer pictures than processes
         mine = order[self.rank : self.total_size : self.num_replicas]
         return iter([(epoch, index) for index in mine[skip * self.batch_size :]])
+
+
+def balanced_order(labels: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a shuffled order of as many pictures as there are, in which each class stands equally often, give or take one.
+
+    Pictures of small classes stand there several times, each as often as the others of its class, give or take one; of large
+    classes a part is drawn.
+
+    Args:
+        labels: Labels of all pictures, (N,).
+        generator: Source of the randomness.
+    """
+    classes: Tensor = torch.unique(labels)
+    quota, more = divmod(len(labels), len(classes))
+    lucky = torch.randperm(len(classes), generator=generator)[:more].tolist()
+    parts = []
+    for place, label in enumerate(classes):
+        members = (labels == label).nonzero().flatten()
+        wanted = quota + (place in lucky)
+        turns = [members[torch.randperm(len(members), generator=generator)] for _ in range(-(-wanted // len(members)))]
+        parts.append(torch.cat([*turns, members[:0]])[:wanted])
+    order = torch.cat(parts)
+    return order[torch.randperm(len(order), generator=generator)]
 
 
 class EvalSampler(DistributedSampler[Any]):

@@ -22,14 +22,17 @@ from finetune import checkpoints
 from finetune.backbones import checkpoint_gradients, create_model, initialise, input_spec_of
 from finetune.errors import DataError
 from finetune.freezing import Phase, phase_at, plan
+from finetune.head_start import HeadInit, start_head
+from finetune.losses import ClassWeights
 from finetune.metrics import build_metrics
-from finetune.optim import StageRates, build_groups, build_optimizer
+from finetune.objective import Objective
+from finetune.optim import LearningRateRule, StageRates, build_groups, build_optimizer, effective_batch, lr_factor
 from finetune.options import check_options
 from finetune.randomness import global_seed, seed_of
 from finetune.reuse import Kept
 from finetune.schedules import ScheduleName
 from finetune.staged import StagedModule
-from finetune.stages import split_head
+from finetune.stages import HEAD, split_head
 from finetune.timetable import Timetable, build_timetable, run_length
 from finetune.transforms import InputSpec
 from finetune.weights import load_weights
@@ -49,6 +52,11 @@ class FinetuneModule(StagedModule):
             .safetensors or .pth file, or a checkpoint of this toolkit.
         partial_weights: Accept a weights file that does not fill the whole backbone; what is missing starts random.
         init: How layers start that no weights fill: default (the backbone's own way) or kaiming (He et al. 2015, fan-out).
+        head_init: How a new head starts: default (as init says), zero, or as the solution of a ridge or logistic regression on
+            the features of the training pictures, so that it need not be learned first.
+        dropout: Share of the features that the head does not see in a training step.
+        drop_path: Stochastic depth (Huang et al. 2016): share of the last residual branch's pictures that skip it in training,
+            less towards the stem; for backbones that have it.
         freezing: What trains when: full, head, last:N, gradual[:K], lp_ft[:LENGTH], surgical:STAGES, norm, or a list of phases.
         bn: BatchNorm statistics. auto: they move where the layer trains; frozen: nowhere; train: everywhere.
         bn_momentum: Momentum of BatchNorm statistics; the backbone's own if null.
@@ -56,6 +64,9 @@ class FinetuneModule(StagedModule):
         optimizer: sgd (with Nesterov momentum), adamw, or any timm optimizer by name.
         optimizer_args: Further arguments of the optimizer, such as {betas: [0.9, 0.99]}.
         lr: Learning rate of the head.
+        lr_rule: How lr follows the effective batch (batch size x devices x accumulated batches): none, linear (Goyal et al.
+            2017) or sqrt (Krizhevsky 2014).
+        lr_batch: The effective batch that lr is meant for, under lr_rule.
         lr_decay: Factor of the learning rate per stage from the head towards the stem (0.38 is ULMFiT's 1/2.6).
         lr_scale: Factors of lr in place of lr_decay: one number for all stages before the head (0.1), or a mapping from stages.
         momentum: Momentum of the optimizer, where it has one.
@@ -68,6 +79,14 @@ class FinetuneModule(StagedModule):
         step_milestones: Where step drops the learning rate, as shares of the run.
         step_drop: By what step multiplies the learning rate.
         label_smoothing: Label smoothing of the training loss (Szegedy et al. 2016).
+        class_weights: Weights of the classes in the training loss, from their numbers of pictures: none, balanced (each class
+            weighs the same) or effective (milder; Cui et al. 2019).
+        focal_gamma: Exponent of the focal loss (Lin et al. 2017), such as 2; 0 for cross-entropy.
+        mixup: Mix pairs of training pictures (Zhang et al. 2018); the parameter of the Beta distribution, such as 0.2.
+        cutmix: Paste parts of training pictures into others (Yun et al. 2019); the parameter, such as 1.0.
+        mix_share: Share of the run, from its start, in which pictures are mixed.
+        l2_sp: Strength of the pull of pretrained weights towards their start (Li et al. 2018), such as 0.1; it takes the place
+            of weight decay there, which stays for the head.
         memory_format: Layout of pictures in memory: auto (channels_last, but on Apple GPUs), channels_last, contiguous.
         grad_checkpointing: Compute activations again in the backward pass instead of holding them: less memory, more time.
         compile: A backend of torch.compile for the backbone, such as inductor; none if null.
@@ -89,6 +108,9 @@ class FinetuneModule(StagedModule):
         weights: str = "auto",
         partial_weights: bool = False,
         init: Literal["default", "kaiming"] = "default",
+        head_init: HeadInit = "default",
+        dropout: float = 0.0,
+        drop_path: float = 0.0,
         freezing: str | list[dict[str, Any]] = "full",
         bn: BatchNormMode = "auto",
         bn_momentum: float | None = None,
@@ -96,6 +118,8 @@ class FinetuneModule(StagedModule):
         optimizer: str = "sgd",
         optimizer_args: dict[str, Any] | None = None,
         lr: float = 0.01,
+        lr_rule: LearningRateRule = "none",
+        lr_batch: int = 32,
         lr_decay: float = 1.0,
         lr_scale: float | dict[str, float] | None = None,
         momentum: float = 0.9,
@@ -108,6 +132,12 @@ class FinetuneModule(StagedModule):
         step_milestones: list[float] | None = None,
         step_drop: float = 0.1,
         label_smoothing: float = 0.0,
+        class_weights: ClassWeights = "none",
+        focal_gamma: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        mix_share: float = 0.9,
+        l2_sp: float = 0.0,
         memory_format: Literal["auto", "channels_last", "contiguous"] = "auto",
         grad_checkpointing: bool = False,
         compile: str | None = None,
@@ -117,11 +147,14 @@ class FinetuneModule(StagedModule):
         self.save_hyperparameters()
         check_options(self.hparams)
         self.class_names = class_names
-        self.backbone = create_model(backbone, num_classes, **(backbone_args or {}))
+        backbone_args = {**(backbone_args or {}), **({"drop_path_rate": drop_path} if drop_path else {})}
+        self.backbone = create_model(backbone, num_classes, **backbone_args)
         self.input_spec = input_spec_of(self.backbone)
         classifier, self.stages = split_head(self.backbone)
         self.classifier_name = classifier.name
         self.head: nn.Module = nn.Linear(classifier.in_features, num_classes)
+        self.dropout = nn.Dropout(dropout)
+        self.objective = Objective(self.hparams)
         initialise(self.backbone, self.head, init, bn_momentum=bn_momentum, bn_eps=bn_eps)
         self.weights_report = load_weights(
             self.backbone,
@@ -157,24 +190,29 @@ class FinetuneModule(StagedModule):
         return True
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean cross-entropy; label smoothing applies in training only.
+        """Return the mean loss: in training as the options say, otherwise plain cross-entropy.
 
         Args:
             logits: (N, num_classes).
-            labels: (N,), class indices.
+            labels: (N,), class indices; or (N, num_classes), distributions, where pictures were mixed.
         """
-        smoothing = self.hparams["label_smoothing"] if self.training else 0.0
-        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+        return self.objective.loss(logits, labels) if self.training else F.cross_entropy(logits, labels)
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Return the optimizer groups, one per stage and kind of weight decay, each with its own rate in it."""
+        rule = self.hparams["lr_rule"]
+        batch = self.hparams["lr_batch"] if rule == "none" else effective_batch(self.trainer)
         options = StageRates(
-            lr=self.hparams["lr"],
+            lr=self.hparams["lr"] * lr_factor(rule, batch, self.hparams["lr_batch"]),
             lr_decay=self.hparams["lr_decay"],
             lr_scale=self.hparams["lr_scale"],
             weight_decay=self.hparams["weight_decay"],
         )
-        return build_groups(dict(self.named_parameters()), self.stage_parameters(), self.stage_names, options)
+        groups = build_groups(dict(self.named_parameters()), self.stage_parameters(), self.stage_names, options)
+        if self.hparams["l2_sp"]:
+            for group in groups:
+                group["weight_decay"] *= group["stage"] == HEAD
+        return groups
 
     def unpack(self, batch: Any) -> tuple[Tensor | Kept, Tensor]:
         """Return pictures and labels of a batch: a mapping with `image` (or `kept` and `stage`) and `label`, or a pair."""
@@ -189,8 +227,13 @@ class FinetuneModule(StagedModule):
 
     def _step(self, batch: Any, split: str) -> dict[str, Tensor]:
         images, labels = self.unpack(batch)
+        targets = labels
+        if split == "train":
+            images, targets = self.objective.mix(images, labels, self.current_epoch, self.trainer.max_epochs or 0)
         logits = self(images)
-        loss = self.loss(logits, labels)
+        loss = self.loss(logits, targets)
+        if split == "train":
+            loss = loss + self.objective.pull(self)
         self._metrics_of(split).update(logits.detach(), labels)
         self.log(f"{split}/loss", loss, on_step=False, on_epoch=True, batch_size=len(labels), sync_dist=True)
         return {"loss": loss, "logits": logits.detach(), "labels": labels}
@@ -248,6 +291,13 @@ class FinetuneModule(StagedModule):
             self.train()
             everything = Phase(tuple(self.stage_names), False, 0, 1)
             self._set_trainable(phases[0] if len(phases) == 1 else everything)  # what may thaw must be known to DDP
+            self.objective.weigh_classes(data)
+
+    def on_fit_start(self) -> None:
+        """Let a new head start as the options say, unless a checkpoint will bring it."""
+        new = self.weights_report.head == "new" and self.trainer.ckpt_path is None
+        if new and self.hparams["head_init"] != "default":
+            self.print(start_head(self, self.trainer, self.hparams["head_init"]))
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer with all groups, and a scheduler that multiplies each by its factor at every step."""
@@ -272,6 +322,7 @@ class FinetuneModule(StagedModule):
         for group, rate in zip(self.trainer.optimizers[0].param_groups, self._scheduled_rates(), strict=False):
             group["lr"] = rate
         self.apply_phase(phase_at(self.timetable.phases, self.current_epoch))
+        self.objective.hold_to_start(self, self.weights_report.untrained)
         self.print(self.weights_report.summary())
         self.print(self.timetable.table(self.trainer.optimizers[0].param_groups))
         self._warn_of_random_parts()
@@ -322,10 +373,12 @@ class FinetuneModule(StagedModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let class names, normalisation, input size and the origin of the weights travel inside, as plain values."""
         checkpoints.stamp(checkpoint, self)
+        self.objective.save(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take class names and input size from a checkpoint, and refuse one that contradicts the options of a resumed run."""
         checkpoints.adopt(checkpoint, self)
+        self.objective.load(checkpoint)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, **kwargs: Any) -> FinetuneModule:  # type: ignore[override]

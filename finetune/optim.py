@@ -6,10 +6,12 @@ schedulers keep working and a resume needs no special code.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+import lightning as L
 import torch
 from timm.optim import create_optimizer_v2, list_optimizers
 from torch import nn
@@ -62,6 +64,39 @@ class StageRates:
         if negative:
             raise ConfigError(f"Expected lr_scale to be 0 or more, found {scales[negative[0]]} for '{negative[0]}'.")
         return {name: scales[name] for name in stages}
+
+
+LearningRateRule = Literal["none", "linear", "sqrt"]
+
+
+def lr_factor(rule: LearningRateRule, effective: int, meant: int) -> float:
+    """Return the factor of the learning rate for an effective batch that is not the one the rate is meant for.
+
+    Args:
+        rule: `none`, `linear` (Goyal et al. 2017) or `sqrt` (Krizhevsky 2014).
+        effective: Pictures per optimizer step on all devices together.
+        meant: The same, where the learning rate was found.
+
+    >>> lr_factor("linear", 256, 64), lr_factor("sqrt", 256, 64), lr_factor("none", 256, 64)
+    (4.0, 2.0, 1.0)
+    """
+    ratio = effective / meant
+    return {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[rule]
+
+
+def effective_batch(trainer: L.Trainer) -> int:
+    """Return the pictures per optimizer step: batch size x devices x accumulated batches.
+
+    Raises:
+        ConfigError: If the data module does not tell its batch size.
+    """
+    size = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
+    if size is None:
+        raise ConfigError(
+            "model.lr_rule needs the batch size, but the data module has no attribute 'batch_size'. Add one to it, or set "
+            "model.lr_rule none."
+        )
+    return int(size) * trainer.world_size * trainer.accumulate_grad_batches
 
 
 _FUSED = ("sgd", "nesterov", "momentum", "adam", "adamw")  # timm's names of torch's own

@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, get_args
 
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, did_you_mean
+from finetune.head_start import HeadInit
+from finetune.losses import ClassWeights
+from finetune.optim import LearningRateRule
+
+_RANGES: Mapping[str, tuple[Callable[[float], bool], Sequence[str]]] = {
+    "greater than 0": (lambda value: value > 0, ("lr", "lr_batch", "lr_decay", "step_drop")),
+    "0 or more": (
+        lambda value: value >= 0,
+        ("weight_decay", "momentum", "warmup_epochs", "warmup_steps", "ramp_epochs", "focal_gamma", "mixup", "cutmix", "l2_sp"),
+    ),
+    "at least 0 and below 1": (
+        lambda value: 0 <= value < 1,
+        ("label_smoothing", "min_lr_ratio", "dropout", "drop_path"),
+    ),
+    "above 0 and at most 1": (lambda value: 0 < value <= 1, ("mix_share",)),
+}
+_CHOICES = {"class_weights": ClassWeights, "head_init": HeadInit, "lr_rule": LearningRateRule}
 
 
 def check_options(h: Mapping[str, Any]) -> None:
@@ -28,15 +45,11 @@ def check_options(h: Mapping[str, Any]) -> None:
     milestones = h["step_milestones"] or []
     if any(not 0 < share < 1 for share in milestones) or list(milestones) != sorted(milestones):
         raise ConfigError(f"Expected step_milestones to be rising shares of the run between 0 and 1, found {milestones}.")
-    positive = {"lr": h["lr"], "lr_decay": h["lr_decay"], "step_drop": h["step_drop"]}
-    zero_or_more = {name: h[name] for name in ("weight_decay", "momentum", "warmup_epochs", "warmup_steps", "ramp_epochs")}
-    shares = {name: h[name] for name in ("label_smoothing", "min_lr_ratio")}
-    for name, value in positive.items():
-        if not value > 0:
-            raise ConfigError(f"Expected {name} to be greater than 0, found {value}.")
-    for name, value in zero_or_more.items():
-        if not value >= 0:
-            raise ConfigError(f"Expected {name} to be 0 or more, found {value}.")
-    for name, value in shares.items():
-        if not 0 <= value < 1:
-            raise ConfigError(f"Expected {name} to be at least 0 and below 1, found {value}.")
+    for expected, (holds, among) in _RANGES.items():
+        for name in among:
+            if not holds(h[name]):
+                raise ConfigError(f"Expected {name} to be {expected}, found {h[name]}.")
+    for name, kind in _CHOICES.items():
+        known = get_args(kind)
+        if h[name] not in known:
+            raise ConfigError(f"Unknown {name} '{h[name]}'.{did_you_mean(str(h[name]), known)} Expected {', '.join(known)}.")

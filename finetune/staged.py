@@ -31,6 +31,7 @@ class StagedModule(L.LightningModule):
         backbone: The network without its classifier: pictures to features.
         stages: Its stages, in order.
         head: Features to logits.
+        dropout: What of the features the head does not see in training.
         input_spec: The input that the weights expect.
         mean: Mean per colour, (1, 3, 1, 1).
         std: Standard deviation per colour, (1, 3, 1, 1).
@@ -40,6 +41,7 @@ class StagedModule(L.LightningModule):
     backbone: nn.Module
     stages: tuple[Stage, ...]
     head: nn.Module
+    dropout: nn.Module
     input_spec: InputSpec
     mean: Tensor
     std: Tensor
@@ -102,7 +104,7 @@ class StagedModule(L.LightningModule):
 
     def forward(self, images: Tensor | Kept) -> Tensor:
         """Map pictures (N, 3, H, W), uint8 or float in [0, 1], to logits (N, num_classes)."""
-        return self.head(self.features(images))  # type: ignore[no-any-return]
+        return self.head(self.dropout(self.features(images)))  # type: ignore[no-any-return]
 
     # --------------------------------------------------------------------------------------------------------- stages
 

@@ -23,6 +23,7 @@ from tabulate import tabulate
 from finetune import checkpoints, hardware, progress
 from finetune.arguments import resolve
 from finetune.augmented import AugmentedPictures
+from finetune.averaging import AVERAGED, PhaseEMA
 from finetune.callbacks import EpochLine, PhaseEarlyStopping
 from finetune.defaults import RunOptions, trainer_defaults
 from finetune.errors import ConfigError, FinetuneError
@@ -181,6 +182,7 @@ class FinetuneCLI(LightningCLI):
         """Read a checkpoint before anything is built or written, and say what will be continued."""
         inside = checkpoints.read(checkpoint)
         self.done_steps, done = int(inside["global_step"]), int(inside["epoch"]) + 1
+        self.averaged = AVERAGED in inside
         self.stored = {key: inside.get(key) for key in ("hyper_parameters", checkpoints.KEY)}
         if self.subcommand == "fit":
             rank_zero_print(f"Resuming {_relative(checkpoint)}: {done} epochs are done.")
@@ -214,6 +216,12 @@ class FinetuneCLI(LightningCLI):
         config = {**self._get(self.config_init, "trainer"), **kwargs}
         options = self._get(self.config_init, "run")
         self.run_folder: Path | None = None
+        if self.resumes is not None and self.subcommand == "fit" and self.averaged != (options.ema is not None):
+            raise ConfigError(
+                f"The checkpoint was written {'with' if self.averaged else 'without'} run.ema, and now it is "
+                f"{options.ema}: a resumed run goes on as it was. Leave run.ema as it was, or start a new run from the trained "
+                f"weights with --model.weights CHECKPOINT."
+            )
         parse_names(options.track)  # before there is a folder
         self._warn_of_emulation(config["precision"])
         config["strategy"] = self._strategy(config)
@@ -261,6 +269,8 @@ class FinetuneCLI(LightningCLI):
             where["enable_version_counter"] = False
             self.best = ModelCheckpoint(filename="best", monitor=options.monitor, mode=mode, **where)
             callbacks += [KeepOutcomes(run_folder, self.best), self.best, ModelCheckpoint(filename="last", **where)]
+        if options.ema is not None:
+            callbacks.append(PhaseEMA(options.ema))
         if options.patience is not None:
             callbacks.append(PhaseEarlyStopping(options.monitor, mode=mode, patience=options.patience))
         if options.gradients_every:

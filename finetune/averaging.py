@@ -1,0 +1,114 @@
+"""Averages of weights: a moving one during training, and one of the best epochs behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks.weight_averaging import WeightAveraging
+from torch import Tensor
+
+from finetune import checkpoints
+from finetune.errors import CheckpointError, ConfigError
+from finetune.stages import HEAD
+
+AVERAGED = "averaging_state"  # Lightning's entry in a checkpoint whose weights are an average
+
+
+class PhaseEMA(WeightAveraging):
+    """Exponential moving average of the weights; validation, checkpoints and what comes after the run see the average.
+
+    The average begins where the first phase that trains more than the head begins, and follows the weights until then: what a
+    new head went through is not worth remembering. After n steps the decay is min(decay, (1 + n) / (10 + n)), as TensorFlow's
+    ExponentialMovingAverage has it, so that short runs are not held at their start.
+
+    Args:
+        decay: Share of the average that stays in each step, such as 0.999.
+
+    Raises:
+        ConfigError: If the decay is not between 0 and 1.
+    """
+
+    def __init__(self, decay: float) -> None:
+        if not 0 < decay < 1:
+            raise ConfigError(f"Expected run.ema to be a decay between 0 and 1, such as 0.999; found {decay}.")
+        super().__init__(multi_avg_fn=lambda averages, weights, steps: ema_step(averages, weights, steps, decay))
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
+        """Move the average, or let it follow the weights as long as it has not begun."""
+        super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
+        if self._average_model is not None and trainer.global_step <= first_step(pl_module):
+            self._average_model.n_averaged.zero_()  # the next update copies the weights
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Restore the average and the weights behind it; a test needs the average alone, and the module has it."""
+        if self._average_model is not None:
+            super().on_load_checkpoint(trainer, pl_module, checkpoint)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Forget the average when training is over: a later validation shall not swap it in."""
+        self._average_model = None
+
+
+def ema_step(averages: list[Tensor], weights: list[Tensor], steps: Tensor | int, decay: float) -> None:
+    """Move averages by one step, in place.
+
+    Args:
+        averages: The averages so far; tensors of one dtype.
+        weights: The weights now.
+        steps: How many weights the averages hold.
+        decay: The greatest share of the average that stays.
+    """
+    if not averages[0].is_floating_point():
+        torch._foreach_copy_(averages, weights)  # counters
+        return
+    number = int(steps)
+    torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + number) / (10 + number)))
+
+
+def first_step(module: L.LightningModule) -> int:
+    """Return the step in which the first phase begins that trains more than the head; 0 for modules without phases."""
+    timetable = getattr(module, "timetable", None)
+    if timetable is None:
+        return 0
+    begin = next((phase.start for phase in timetable.phases if set(phase.train) - {HEAD} or phase.norms), 0)
+    return int(begin * timetable.steps_per_epoch)
+
+
+def soup(paths: Sequence[Path], out: Path) -> Path:
+    """Average the weights of checkpoints of one run (uniform model soup, Wortsman et al. 2022) and write the result.
+
+    Everything but the weights is that of the first; numbers that are no floats, such as counters, too.
+
+    Args:
+        paths: The checkpoints, the best one first.
+        out: The file to write.
+
+    Raises:
+        CheckpointError: If there are fewer than two, or they are of different networks.
+    """
+    if len(paths) < 2:
+        raise CheckpointError(f"An average needs at least 2 checkpoints, found {len(paths)}.")
+    first = checkpoints.read_own(paths[0])
+    total = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in first["state_dict"].items()}
+    for path in paths[1:]:
+        other = checkpoints.read_own(path)["state_dict"]
+        shapes = [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in (total, other)]
+        if shapes[0] != shapes[1]:
+            raise CheckpointError(
+                f"{path} and {paths[0]} are checkpoints of different networks: their weights have no average."
+            )
+        for name, tensor in other.items():
+            if tensor.is_floating_point():
+                total[name] = total[name] + tensor.double()
+    first["state_dict"] = {
+        name: (total[name] / len(paths)).to(tensor.dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in first["state_dict"].items()
+    }
+    kept = {"state_dict", "hyper_parameters", "datamodule_hyper_parameters", checkpoints.KEY, "epoch", "global_step"}
+    kept |= {"pytorch-lightning_version", "hparams_name", "datamodule_hparams_name"}
+    torch.save({key: value for key, value in first.items() if key in kept}, out)
+    return out
