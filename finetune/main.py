@@ -18,6 +18,7 @@ TRAINER_VERBS = {
     "fit": "train, validate, and test the best checkpoint if there is a test split",
     "validate": "measure a checkpoint on the validation split",
     "test": "measure a checkpoint on the test split",
+    "lr-find": "raise the learning rate step by step and suggest one, ratios between stages kept",
     "distill": "teach a backbone what another one knows, on pictures without labels",
 }
 _TEXTS = {**TRAINER_VERBS, **{name: verb.text for name, verb in VERBS.items()}}
@@ -68,6 +69,10 @@ def _dispatch(words: list[str]) -> None:
             sys.path.insert(0, os.getcwd())  # a user's own classes: --model my_module.MyModule
         if verb in VERBS:
             VERBS[verb].run(words[1:])
+        elif verb == "lr-find":
+            from finetune.lr_verb import run as find
+
+            find(words[1:])
         else:
             from finetune.training import run
 

@@ -13,7 +13,7 @@ from finetune.errors import ConfigError
 from finetune.freezing import Phase, phase_at, plan, started
 from finetune.schedules import Schedule, ramp
 
-_ENDLESS = 10_000  # epochs, where the length is not known yet or does not matter
+ENDLESS = 10_000  # epochs, where the length is not known yet or does not matter
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def stage_rates(groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, flo
 
 
 def _span(phase: Phase) -> str:
-    if phase.end >= _ENDLESS:
+    if phase.end >= ENDLESS:
         return f"from epoch {phase.start + 1}"
     return f"epoch {phase.end}" if phase.end - phase.start == 1 else f"epochs {phase.start + 1}-{phase.end}"
 
@@ -114,11 +114,11 @@ def run_length(trainer: L.Trainer, steps_per_epoch: int | None = None) -> int:
         ConfigError: If the trainer does not say.
     """
     if getattr(trainer, "fast_dev_run", False):  # one batch of the first phase, whatever the policy
-        return _ENDLESS
+        return ENDLESS
     by_steps = trainer.max_steps > 0
     limits = [trainer.max_epochs] if (trainer.max_epochs or -1) > 0 else []
     if by_steps:
-        limits.append(-(-trainer.max_steps // steps_per_epoch) if steps_per_epoch else _ENDLESS)
+        limits.append(-(-trainer.max_steps // steps_per_epoch) if steps_per_epoch else ENDLESS)
     if not limits:
         raise ConfigError(
             "The learning-rate schedule and the freezing phases need the length of the run: set trainer.max_epochs (or "

@@ -32,7 +32,9 @@ from finetune.gradient_flow import GradientFlow
 from finetune.keep_outcomes import KeepOutcomes
 from finetune.module import FinetuneModule
 from finetune.parser import Parser, instantiate, own_errors
+from finetune.recipe_choice import choose_recipe
 from finetune.record import RunRecord, read_record
+from finetune.repeats import Repeated, plan_repeats, repeat
 from finetune.report import write_report
 from finetune.runs import CHECKPOINTS, CONFIG, RESUMED_CONFIG, AtomicCheckpointIO, new_run, run_of
 from finetune.sample import BUILT_IN
@@ -42,12 +44,13 @@ from finetune.version import __version__
 from finetune.weight_sources import obtainable
 
 
-def run(words: list[str], called: str | None = None) -> None:
+def run(words: list[str], called: str | None = None, cli: type[FinetuneCLI] | None = None) -> None:
     """Run a verb: `fit`, `validate` or `test` and its options.
 
     Args:
         words: The verb and its options.
         called: The verb that the user typed, if it is another name for one of these.
+        cli: What carries it out; FinetuneCLI unless given.
     """
     if {"-h", "--help"} & set(words):
         print(help_text(called or words[0]))
@@ -55,28 +58,36 @@ def run(words: list[str], called: str | None = None) -> None:
     words = ["--help" if word == "--help_all" else word for word in words]
     typed = {word.partition("=")[0] for word in words}
     command = ["resnet-finetune", *words]
-    words = _with_default_classes(resolve(words))
+    choice = choose_recipe(words[1:]) if words[0] == "fit" else None
+    if choice is not None:
+        recipe, reason = choice
+        rank_zero_print(f"recipe {recipe}: {reason} (another: --config NAME; resnet-finetune recipes lists them)")
+        words = ["fit", "--config", recipe, *words[1:]]
+    asked, words = words, _with_default_classes(resolve(words))
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)  # devices found, tips, where checkpoints were loaded from
     with warnings.catch_warnings(), own_errors():
         for message in _EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
-        FinetuneCLI(
-            typed,
-            command,
-            L.LightningModule,
-            L.LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            trainer_defaults=trainer_defaults(),
-            seed_everything_default=0,
-            parser_class=Parser,
-            parser_kwargs=_PARSER_OPTIONS,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            save_config_kwargs={"overwrite": True},
-            args=words,
-        )
+        try:
+            (cli or FinetuneCLI)(
+                typed,
+                command,
+                L.LightningModule,
+                L.LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                trainer_defaults=trainer_defaults(),
+                seed_everything_default=0,
+                parser_class=Parser,
+                parser_kwargs=_PARSER_OPTIONS,
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+                save_config_kwargs={"overwrite": True},
+                args=words,
+            )
+        except Repeated as several:
+            repeat(asked, several.plan)
 
 
 def _with_default_classes(words: list[str]) -> list[str]:
@@ -163,6 +174,9 @@ class FinetuneCLI(LightningCLI):
         config = self.config[self.subcommand]
         options = config.model.get("init_args") or {}
         self.resumes = Path(config.ckpt_path) if config.get("ckpt_path") else None
+        several = plan_repeats(config) if self.subcommand == "fit" else None
+        if several is not None:
+            raise Repeated(several)
         if self.subcommand != "fit" and self.resumes is None:
             raise ConfigError(f"What shall be measured? Name a run or a checkpoint: {self.subcommand} --ckpt_path RUN")
         if config.get("weights_only") is False:

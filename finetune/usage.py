@@ -29,7 +29,11 @@ def help_text(verb: str) -> str:
         "classes of your own.",
         epilog=f"All options of Lightning's Trainer: resnet-finetune {verb} --help_all",
     )
-    parser.add_argument("--config", help="a YAML file or the name of a recipe, see: resnet-finetune recipes")
+    parser.add_argument(
+        "--config",
+        help="a YAML file or the name of a recipe, see: resnet-finetune recipes; without it, the number of pictures per class "
+        "chooses one",
+    )
     parser.add_argument(
         "--ckpt_path", help="a run's folder, a checkpoint, or 'last': fit goes on with it, validate and test measure"
     )

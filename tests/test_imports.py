@@ -65,6 +65,9 @@ ORDER = [
     "runs",
     "record",
     "gradient_flow",
+    "lr_find",
+    "recipe_choice",
+    "repeats",
     "arguments",
     "callbacks",
     "keep_outcomes",
@@ -98,6 +101,7 @@ ORDER = [
     "tracking",
     "usage",
     "training",
+    "lr_verb",
     "verbs",
     "main",
 ]

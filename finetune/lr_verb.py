@@ -1,0 +1,50 @@
+"""The verb `lr-find`: the options of `fit`, and instead of a training the learning-rate range test."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from finetune import training
+from finetune.errors import ConfigError
+from finetune.lr_find import STEPS, LearningRateSweep, write_curve
+from finetune.module import FinetuneModule
+from finetune.runs import new_run
+
+
+class LearningRateCLI(training.FinetuneCLI):
+    """Build what `fit` would build, but for everything that keeps a run, and sweep the learning rate."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Build a trainer that keeps nothing; `--trainer.max_steps` is the number of steps of the sweep."""
+        if not isinstance(self.model, FinetuneModule):
+            raise ConfigError(f"lr-find sweeps the stages of a FinetuneModule, found {type(self.model).__name__}.")
+        config = {**self._get(self.config_init, "trainer"), **kwargs}
+        steps = config["max_steps"] if config["max_steps"] > 0 else STEPS
+        self.run_folder, self.save_config_callback = None, None
+        self.sweep = LearningRateSweep(steps)
+        config |= {"max_steps": -1, "logger": False, "enable_checkpointing": False, "limit_val_batches": 0}
+        return self._instantiate_trainer(config, [self.sweep])
+
+    def fit(self, **kwargs: Any) -> None:
+        """Sweep, write the curve and say what was found."""
+        self.trainer.fit(**kwargs)
+        if not self.trainer.is_global_zero:
+            return
+        curve = self.sweep.curve
+        found = curve.suggestion()
+        options = self._get(self.config_init, "run")
+        folder = new_run(Path(options.folder), "lr_find")
+        paths = write_curve(curve, found, folder)
+        words = ["fit", *self.command[2:], "--model.lr", f"{found:.2g}"]
+        print(f"\nlr     {found:.2g} is suggested for the head; it was {self.model.hparams['lr']:.2g}")
+        print(f"curve  {', '.join(str(path) for path in paths)}")
+        print(f"next   resnet-finetune {shlex.join(words)}")
+
+
+def run(words: list[str]) -> None:
+    """Run the verb with its options."""
+    training.run(["fit", *words], called="lr-find", cli=LearningRateCLI)
