@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.callbacks.weight_averaging import WeightAveraging
 from torch import Tensor
 
@@ -76,6 +77,42 @@ def first_step(module: L.LightningModule) -> int:
         return 0
     begin = next((phase.start for phase in timetable.phases if set(phase.train) - {HEAD} or phase.norms), 0)
     return int(begin * timetable.steps_per_epoch)
+
+
+class BestEpochs(ModelCheckpoint):
+    """Keep the checkpoints of the best epochs in `epochs/`, and average them when training is over.
+
+    Args:
+        folder: The run's folder of checkpoints.
+        number: How many epochs.
+        monitor: The metric that says which are best.
+        mode: `max` or `min`.
+    """
+
+    def __init__(self, folder: Path, number: int, monitor: str, mode: str) -> None:
+        options: dict[str, Any] = {"save_on_train_epoch_end": True, "auto_insert_metric_name": False}
+        super().__init__(folder / "epochs", "{epoch:03d}", monitor=monitor, mode=mode, save_top_k=number, **options)
+        self.soup = folder / "soup.ckpt"
+
+    def average(self, trainer: L.Trainer) -> float | None:
+        """Write the average of the best epochs as soup.ckpt and return what it reaches in validation; None if it cannot be.
+
+        Args:
+            trainer: The trainer behind its training.
+        """
+        ranked = sorted(self.best_k_models.items(), key=lambda item: float(item[1]), reverse=self.mode == "max")
+        if len(ranked) < 2:
+            return None
+        if trainer.is_global_zero:
+            soup([Path(path) for path, _ in ranked], self.soup)
+        trainer.strategy.barrier()
+        loggers, trainer.loggers = trainer.loggers, []
+        try:
+            data: Any = trainer
+            results = trainer.validate(datamodule=data.datamodule, ckpt_path=self.soup, weights_only=True, verbose=False)
+        finally:
+            trainer.loggers = loggers
+        return next((float(result[str(self.monitor)]) for result in results if self.monitor in result), None)
 
 
 def soup(paths: Sequence[Path], out: Path) -> Path:

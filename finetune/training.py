@@ -23,7 +23,7 @@ from tabulate import tabulate
 from finetune import checkpoints, hardware, progress
 from finetune.arguments import resolve
 from finetune.augmented import AugmentedPictures
-from finetune.averaging import AVERAGED, PhaseEMA
+from finetune.averaging import AVERAGED, BestEpochs, PhaseEMA
 from finetune.callbacks import EpochLine, PhaseEarlyStopping
 from finetune.defaults import RunOptions, trainer_defaults
 from finetune.errors import ConfigError, FinetuneError
@@ -145,6 +145,7 @@ class FinetuneCLI(LightningCLI):
     def __init__(self, typed: Collection[str], command: Sequence[str], *args: Any, **kwargs: Any) -> None:
         self.typed, self.command = typed, command
         self.best: ModelCheckpoint | None = None
+        self.epochs: BestEpochs | None = None
         self.tracking: Tracking | None = None
         self._given_weights: str | None = None
         super().__init__(*args, **kwargs)
@@ -283,6 +284,9 @@ class FinetuneCLI(LightningCLI):
             where["enable_version_counter"] = False
             self.best = ModelCheckpoint(filename="best", monitor=options.monitor, mode=mode, **where)
             callbacks += [KeepOutcomes(run_folder, self.best), self.best, ModelCheckpoint(filename="last", **where)]
+            if options.soup is not None:
+                self.epochs = BestEpochs(run_folder / CHECKPOINTS, options.soup, options.monitor, mode)
+                callbacks.append(self.epochs)
         if options.ema is not None:
             callbacks.append(PhaseEMA(options.ema))
         if options.patience is not None:
@@ -350,6 +354,7 @@ class FinetuneCLI(LightningCLI):
         if score is not None:
             epoch = int(checkpoints.read(chosen)["epoch"]) + 1
             rank_zero_print(f"\nbest   {self.best.monitor} {float(score):.4f} in epoch {epoch} ({_relative(chosen)})")
+        chosen = self._soup(score) or chosen
         rank_zero_print(f"time   {progress.duration(time.perf_counter() - self._began)} for training")
         if self._has_test():
             results = self.trainer.test(datamodule=self.datamodule, ckpt_path=str(chosen), weights_only=True, verbose=False)
@@ -360,6 +365,16 @@ class FinetuneCLI(LightningCLI):
         rank_zero_print(f"files  {run}/  ({', '.join(sorted(str(path.relative_to(self.run_folder)) for path in kept))})")
         if isinstance(self.model, FinetuneModule) and self.model.classifies:
             rank_zero_print(f"next   resnet-finetune predict {shlex.quote(str(run))} PICTURES --out predictions.csv")
+
+    def _soup(self, best: Any) -> Path | None:
+        """Average the best epochs if that was asked for, and return the checkpoint if it is better than the best of them."""
+        value = None if self.epochs is None else self.epochs.average(self.trainer)
+        if self.epochs is None or value is None:
+            return None
+        better = best is not None and (value > float(best) if self.epochs.mode == "max" else value < float(best))
+        verdict = "better, and measured below" if better else "no better"
+        rank_zero_print(f"soup   {self.epochs.monitor} {value:.4f}, {verdict} ({_relative(self.epochs.soup)})")
+        return self.epochs.soup if better else None
 
     @rank_zero_only
     def _write_report(self, run: Path) -> None:
