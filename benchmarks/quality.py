@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import os
 import statistics
 import time
@@ -30,7 +31,9 @@ from tabulate import tabulate
 from torch import nn
 
 from finetune import FinetuneModule, FolderDataModule
+from finetune.folders import PictureFolder
 from finetune.recipe_files import find_recipe
+from finetune.subsets import drawing
 
 QUIET = {
     "logger": False,
@@ -54,7 +57,12 @@ VARIANTS: Mapping[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # recipe
     "bn_frozen": ("small", {"bn": "frozen"}, {}),
     "head_default": ("small", {"head_init": "default"}, {}),
     "weighted": ("small", {"class_weights": "balanced"}, {}),
+    "effective": ("small", {"class_weights": "effective"}, {}),
     "sampled": ("small", {}, {"sampling": "balanced"}),
+    "focal": ("small", {"focal_gamma": 2.0}, {}),
+    "mixup": ("small", {"mixup": 0.2}, {}),
+    "cutmix": ("small", {"cutmix": 1.0}, {}),
+    "l2_sp": ("small", {"l2_sp": 0.1}, {}),
     "one_rate": ("small", EVERYTHING, {}),
     "one_rate/10": ("small", {**EVERYTHING, "lr": 1e-4}, {}),
 }
@@ -67,11 +75,12 @@ class Row(NamedTuple):
     root: str
     shots: int | None
     size: int
+    uneven: float | None = None
 
     def data(self, seed: int, model: L.LightningModule, options: Mapping[str, Any]) -> FolderDataModule:
         """Return its pictures."""
         kept = {key: value for key, value in options.items() if key not in ("root", "reuse")}
-        return FolderDataModule(
+        data = FolderDataModule(
             self.root,
             **{
                 **kept,
@@ -82,6 +91,25 @@ class Row(NamedTuple):
                 "decoded": self.size * 4 // 3,
             },
         )
+        if self.uneven is not None:
+            data.folder = uneven(data.folder, self.uneven, seed)
+        return data
+
+
+def uneven(folder: PictureFolder, ratio: float, seed: int) -> PictureFolder:
+    """Return the folder with fewer training pictures of each class than of the one before, down to a part of 1 / ratio.
+
+    Which class is large and which is small follows from the seed.
+    """
+    classes = drawing(folder.splits["train"], seed)
+    ranks = torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed)).tolist()
+    smallest = min(map(len, classes))
+    kept = [
+        picture
+        for rank, pictures in zip(ranks, classes, strict=True)
+        for picture in pictures[: round(smallest * ratio ** (-rank / (len(classes) - 1)))]
+    ]
+    return dataclasses.replace(folder, splits={**folder.splits, "train": kept})
 
 
 class Documented(L.LightningModule):
@@ -116,6 +144,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--size", type=int, default=96, help="size of the input in pixels (default: 96)")
+    parser.add_argument("--uneven", type=float, help="make folders uneven: the largest class has so many times the smallest")
     parser.add_argument("--model", nargs="*", default=[], metavar="OPTION=VALUE", help="changes small and its variants")
     parser.add_argument("--label", default="", help="said behind the name of a way, where --model changes it")
     parser.add_argument("--out", type=Path, default=Path("quality.csv"))
@@ -143,11 +172,14 @@ def main() -> None:
                     seconds = time.perf_counter() - begin
                     append(options.out, [*key, seed, f"{accuracy:.4f}", f"{macro:.4f}", f"{seconds:.1f}"])
                     print(*key, seed, f"{accuracy:.4f} {seconds:.1f} s", flush=True)
-    print(table(options.out), f"\n{machine()}", sep="\n")
+    print(table(options.out))
+    if options.uneven:
+        print("\nThe same over classes (macro):", table(options.out, "macro"), sep="\n")
+    print(f"\n{machine()}")
 
 
 def name_of(row: Row) -> str:
-    return Path(row.root).name
+    return Path(row.root).name + (f" {row.uneven:g}:1" if row.uneven else "")
 
 
 def parse(text: str, size: int) -> Row:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from finetune.errors import ConfigError
+from finetune.losses import class_weights
 from finetune.randomness import global_seed, seed_of
 
 if TYPE_CHECKING:
@@ -60,7 +61,10 @@ def start_head(module: FinetuneModule, trainer: Any, kind: HeadInit) -> str:
         nn.init.zeros_(head.bias)
         return "head: starts at zero"
     features, labels = training_features(module, trainer)
-    solution = (ridge if kind == "ridge" else logistic)(features, labels, head.out_features)
+    if kind == "ridge":
+        solution = ridge(features, labels, head.out_features)
+    else:
+        solution = logistic(features, labels, head.out_features, _weight(module, trainer.datamodule, labels))
     with torch.no_grad():
         head.weight.copy_(torch.from_numpy(solution.weight))
         head.bias.copy_(torch.from_numpy(solution.bias))
@@ -68,6 +72,18 @@ def start_head(module: FinetuneModule, trainer: Any, kind: HeadInit) -> str:
     return (
         f"head: starts as the {kind} regression on the features of {len(labels)} training pictures ({right:.1%} of them right)"
     )
+
+
+def _weight(module: FinetuneModule, data: Any, labels: npt.NDArray[np.int64]) -> Array | None:
+    """Return a weight per class where training will weigh classes, or show them equally often."""
+    if module.objective.weight is not None:
+        return cast(Array, module.objective.weight.double().cpu().numpy())
+    if getattr(data, "sampling", "natural") != "balanced":
+        return None
+    counts = np.bincount(labels, minlength=module.hparams["num_classes"]).tolist()
+    balanced = class_weights("balanced", counts)
+    assert balanced is not None
+    return cast(Array, balanced.double().numpy())
 
 
 def training_features(module: FinetuneModule, trainer: Any) -> tuple[Array, npt.NDArray[np.int64]]:
@@ -143,19 +159,21 @@ def signed_errors(features: Array, target: Array, alpha: float) -> Array:
     return cast(Array, (target - fitted) / (1 - leverage)[:, None])
 
 
-def logistic(features: Array, labels: npt.NDArray[np.int64], classes: int) -> Linear:
+def logistic(features: Array, labels: npt.NDArray[np.int64], classes: int, weight: Array | None = None) -> Linear:
     """Solve a multinomial logistic regression (scikit-learn's, C = 0.01) on standardised features.
 
     Args:
         features: (N, C).
         labels: (N,).
         classes: Number of classes K; those without a picture get a logit that hardly ever wins.
+        weight: What a picture of each class counts, (K,); all the same if None.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
     scaler = StandardScaler().fit(features)
-    solver = LogisticRegression(C=_C, max_iter=1000).fit(scaler.transform(features), labels)
+    counts = None if weight is None else weight[labels]
+    solver = LogisticRegression(C=_C, max_iter=1000).fit(scaler.transform(features), labels, sample_weight=counts)
     coefficients, intercept = solver.coef_ / scaler.scale_, solver.intercept_
     if len(coefficients) == 1:  # of two classes
         coefficients = np.concatenate([-coefficients, coefficients]) / 2

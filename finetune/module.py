@@ -53,7 +53,7 @@ class FinetuneModule(StagedModule):
         partial_weights: Accept a weights file that does not fill the whole backbone; what is missing starts random.
         init: How layers start that no weights fill: default (the backbone's own way) or kaiming (He et al. 2015, fan-out).
         head_init: How a new head starts: default (as init says), zero, or as the solution of a ridge or logistic regression on
-            the features of the training pictures, so that it need not be learned first.
+            the features of the training pictures, so that it need not be learned first. The logistic one follows class weights.
         dropout: Share of the features that the head does not see in a training step.
         drop_path: Stochastic depth (Huang et al. 2016): share of the last residual branch's pictures that skip it in training,
             less towards the stem; for backbones that have it.

@@ -1,5 +1,7 @@
 """A head that is solved for, against scikit-learn on the same features."""
 
+import dataclasses
+
 import lightning as L
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import torch
 from sklearn.linear_model import LogisticRegression, Ridge, RidgeCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from sklearn.utils.class_weight import compute_class_weight
 
 from finetune import ConfigError, FinetuneModule, FolderDataModule
 from finetune.head_start import logistic, ridge, signed_errors, start_head, training_features
@@ -76,6 +79,36 @@ def test_logistic_of_two_classes_and_of_a_class_without_pictures(features):
     assert found == pytest.approx(theirs.predict_proba(x), abs=1e-6)
     wider = logistic(x, y, 6)
     assert set((x @ wider.weight.T + wider.bias).argmax(1)) <= {0, 1, 2, 3}
+
+
+def test_logistic_with_class_weights_is_that_of_scikit_learn(features):
+    x, y = features
+    y = np.where((y == 3) & (np.arange(len(y)) % 4 > 0), 2, y)
+    weights = compute_class_weight("balanced", classes=np.arange(4), y=y)
+    scaled = StandardScaler().fit_transform(x)
+    theirs = LogisticRegression(C=0.01, max_iter=1000, class_weight="balanced").fit(scaled, y)
+    solution = logistic(x, y, 4, weights)
+    found = torch.from_numpy(x @ solution.weight.T + solution.bias).softmax(1).numpy()
+    assert found == pytest.approx(theirs.predict_proba(scaled), abs=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"class_weights": "balanced"}, {"sampling": "balanced"}])
+def test_a_run_that_weighs_classes_starts_from_a_weighted_solution(options):
+    heads = []
+    for chosen in ({}, options):
+        L.seed_everything(0, verbose=False)
+        in_data = {key: value for key, value in chosen.items() if key == "sampling"}
+        in_model = {key: value for key, value in chosen.items() if key == "class_weights"}
+        data = FolderDataModule("digits", batch_size=32, image_size=32, workers=0, **in_data)
+        rare = [p for p in data.folder.splits["train"] if p.label or int(p.file.split("/")[-1].split(".")[0]) % 7 == 0]
+        data.folder = dataclasses.replace(data.folder, splits={**data.folder.splits, "train": rare})
+        options = {"freezing": "head", "head_init": "logistic", "lr": 1e-12, **in_model}
+        module = FinetuneModule("test_resnet", num_classes=10, weights="none", **options)
+        L.Trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=0, **QUIET).fit(module, datamodule=data)
+        with torch.inference_mode():
+            said = [module.eval()(batch["image"]).softmax(1)[:, 0] for batch in data.eval_loader("train")]
+        heads.append(torch.cat(said).mean().item())
+    assert heads[1] > 2 * heads[0], "the rare class is thought to be more likely"
 
 
 @pytest.mark.parametrize("kind", ["ridge", "logistic"])
