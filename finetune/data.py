@@ -208,18 +208,12 @@ class FolderDataModule(PositionedDataModule):
 
     # ---------------------------------------------------------------------------------------------- hooks of Lightning
 
-    def prepare_data(self) -> None:
-        """Before training, look for pictures that cannot be read, and say what else is wrong with the folder.
+    def setup(self, stage: str) -> None:
+        """Ask the model for its input; before training, look at the pictures, print what was found and write it down.
 
         Raises:
-            DataError: If there are any.
+            DataError: If there are pictures that cannot be read, and they are not to be left out.
         """
-        training = self.trainer is not None and self.trainer.state.fn == "fit"
-        if training and self.on_error == "raise" and self.root not in BUILT_IN:
-            look_before_training(self.folder, self.workers)
-
-    def setup(self, stage: str) -> None:
-        """Ask the model for its input; before training, print what was found and write down a split that was drawn here."""
         for message in _NOT_TRUE_HERE:
             warnings.filterwarnings("ignore", message=message)
         trainer = self.trainer
@@ -228,7 +222,10 @@ class FolderDataModule(PositionedDataModule):
         if stage != "fit":
             return
         self._restored = None
-        if trainer is None or trainer.is_global_zero:
+        first = trainer is None or trainer.is_global_zero
+        if trainer and self.on_error == "raise" and self.root not in BUILT_IN:
+            look_before_training(self.folder, self.workers, first)
+        if first:
             print(summary(self.folder))
             tell_left_out(self.folder)
         if trainer and (self.folder.drawn or self.folder.left_out):
@@ -248,7 +245,7 @@ class FolderDataModule(PositionedDataModule):
         trainer: Any = self.trainer
         pictures = self.folder.splits["train"]
         transform = train_transform(self.input_spec, self.augment, self.hflip)
-        dataset = PictureDataset(self.folder.root, pictures, transform, seed, self._decoded("train"))
+        dataset = PictureDataset(self.folder.root, pictures, transform, seed, self._decoded("train"), self._advice)
         if trainer and trainer.overfit_batches:
             return self._loader(dataset, self.batch_size)
         position = self.position if trainer else None
@@ -260,6 +257,13 @@ class FolderDataModule(PositionedDataModule):
     def val_dataloader(self) -> DataLoader[dict[str, Any]] | ReuseLoader | list[Any]:
         """Return the validation batches in the order of `files`; an empty list if there are no pictures to validate with."""
         return self._reusing(self.eval_loader("val"), "val") if self.folder.splits["val"] else []
+
+    @property
+    def _advice(self) -> str:
+        """What to do about a picture that cannot be read, if that is noticed only now."""
+        if self.on_error == "skip":
+            return "It could be read before training; mend it and go on with: fit --ckpt_path last"
+        return "To train without such pictures: --data.on_error skip"
 
     def _decoded(self, split: Split) -> Decoded | None:
         if self.decoded is None:
@@ -293,7 +297,9 @@ class FolderDataModule(PositionedDataModule):
             DataError: If there are fewer pictures than processes.
         """
         pictures = self.folder.splits[split]
-        dataset = PictureDataset(self.folder.root, pictures, eval_transform(self.input_spec), decoded=self._decoded(split))
+        dataset = PictureDataset(
+            self.folder.root, pictures, eval_transform(self.input_spec), None, self._decoded(split), self._advice
+        )
         world, rank = self.ranks()
         if world == 1:
             return self._loader(dataset, self.eval_batch_size)

@@ -15,7 +15,6 @@ from typing import NamedTuple
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from finetune.errors import DataError
 from finetune.images import read_image
 from finetune.transforms import LONGEST
 
@@ -31,7 +30,7 @@ _ENDINGS = {
     "GIF": (".gif",),
     "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
 }
-_TAIL = 64  # bytes
+_ENDS = 64  # bytes at the start and at the end of a file
 
 
 class Examined(NamedTuple):
@@ -60,56 +59,49 @@ def examine(path: str, full: bool) -> Examined:
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            file.seek(max(0, size - _TAIL))
-            tail = file.read(_TAIL)
+            start = file.read(_ENDS)
+            file.seek(max(0, size - _ENDS))
+            tail = file.read(_ENDS)
     except OSError as error:
         vanished = error.errno == errno.ENOENT
         return Examined("broken-link" if vanished else "unreadable-file", error.strerror or str(error))
     if size == 0:
         return Examined("empty-file")
+    whole = _ends_well(start, tail, size)
     try:
-        kind, notes = _header(path)
-    except _Refused as refused:
-        return Examined(refused.kind, refused.detail)
-    whole = _ends_well(kind, tail, path, size)
-    if whole and not full:
-        return Examined(notes=tuple(notes))
-    try:
+        notes = _header(path)
+        if whole and not full:
+            return Examined(notes=tuple(notes))
         image = read_image(path)
-    except DataError as error:
-        cut = not whole or "truncated" in str(error).lower()
-        return Examined("truncated" if cut else "damaged", _reason(error, path), tuple(notes))
+    except _TooLarge as refused:
+        return Examined("too-many-pixels", str(refused))
+    except UnidentifiedImageError:
+        kind = "not-a-picture" if _format(start) is None else "damaged" if whole else "truncated"
+        return Examined(kind, f"it starts with {start[:8]!r}")
+    except Exception as error:  # Pillow raises nearly everything on broken files, `read_image` a DataError
+        cut = whole is False or "truncated" in str(error).lower()
+        return Examined("truncated" if cut else "damaged", _reason(str(error), path))
     if full and bool((image.flatten(1) == image[:, :1, 0]).all()) and image[0].numel() > 1:
         notes.append(("one-colour", f"{tuple(image[:, 0, 0].tolist())}"))
     return Examined(notes=tuple(notes), digest=_digest(image) if full else b"")
 
 
-class _Refused(Exception):  # noqa: N818
-    def __init__(self, kind: str, detail: str) -> None:
-        self.kind, self.detail = kind, detail
+class _TooLarge(Exception):  # noqa: N818
+    pass
 
 
-def _header(path: str) -> tuple[str, list[tuple[str, str]]]:
-    """Return the format that the content says, and what is odd in it."""
+def _header(path: str) -> list[tuple[str, str]]:
+    """Return what is odd in a file's header."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(path) as image:
                 width, height = image.size
                 if width * height > (Image.MAX_IMAGE_PIXELS or float("inf")):
-                    raise _Refused("too-many-pixels", f"{width} x {height}")
-                return image.format or "", list(_oddities(image, path))
+                    raise _TooLarge(f"{width} x {height}")
+                return _oddities(image, path)
     except Image.DecompressionBombError as error:
-        raise _Refused("too-many-pixels", str(error).partition(",")[0]) from None
-    except UnidentifiedImageError:
-        with open(path, "rb") as file:
-            start = file.read(8)
-        known = start.startswith((b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*")) or start[:4] == b"RIFF"
-        raise _Refused("truncated" if known else "not-a-picture", f"it starts with {start!r}") from None
-    except _Refused:
-        raise
-    except Exception as error:  # Pillow raises nearly everything on broken files
-        raise _Refused("damaged", str(error)) from None
+        raise _TooLarge(str(error).partition(",")[0]) from None
 
 
 def _oddities(image: Image.Image, path: str) -> list[tuple[str, str]]:
@@ -136,25 +128,40 @@ def _oddities(image: Image.Image, path: str) -> list[tuple[str, str]]:
     return found
 
 
-def _ends_well(kind: str, tail: bytes, path: str, size: int) -> bool:
-    """Say whether a file ends as its format does; False where that cannot be told without decoding."""
-    if kind in ("JPEG", "MPO"):
-        return b"\xff\xd9" in tail
-    if kind == "PNG":
-        return b"IEND" in tail
-    if kind == "GIF":
-        return tail.rstrip(b"\0").endswith(b";")
-    if kind in ("WEBP", "BMP"):
-        with open(path, "rb") as file:
-            start = file.read(8)
-        said = int.from_bytes(start[4:8], "little") + 8 if kind == "WEBP" else int.from_bytes(start[2:6], "little")
-        return 0 < said <= size
-    return False
+_STARTS = {
+    b"\xff\xd8\xff": "JPEG",
+    b"\x89PNG": "PNG",
+    b"GIF8": "GIF",
+    b"RIFF": "WEBP",
+    b"BM": "BMP",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+}
 
 
-def _reason(error: DataError, path: str) -> str:
-    text = str(error).removeprefix(f"{path} ")
-    return text.partition(": ")[2].partition(". Replace")[0] or text
+def _format(start: bytes) -> str | None:
+    return next((name for magic, name in _STARTS.items() if start.startswith(magic)), None)
+
+
+def _ends_well(start: bytes, tail: bytes, size: int) -> bool | None:
+    """Say whether a file ends as its format does; None where that cannot be told without decoding."""
+    match _format(start):
+        case "JPEG":
+            return b"\xff\xd9" in tail
+        case "PNG":
+            return b"IEND" in tail
+        case "GIF":
+            return tail.rstrip(b"\0").endswith(b";")
+        case "WEBP":
+            return int.from_bytes(start[4:8], "little") + 8 <= size
+        case "BMP":
+            return 0 < int.from_bytes(start[2:6], "little") <= size
+    return None
+
+
+def _reason(text: str, path: str) -> str:
+    text = text.removeprefix(f"{path} ")
+    return text.removeprefix("cannot be read as a picture: ").partition(". Replace")[0]
 
 
 def _digest(image: Tensor) -> bytes:

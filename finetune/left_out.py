@@ -22,12 +22,13 @@ from finetune.survey import survey
 _NAMED = 5
 
 
-def look_before_training(folder: PictureFolder, workers: int | None = None) -> None:
-    """Look at names and headers, which takes little time and is remembered; say in a line what may be wrong.
+def look_before_training(folder: PictureFolder, workers: int | None = None, say: bool = True) -> None:
+    """Look at names and headers, which takes little time and is remembered.
 
     Args:
         folder: What `scan` found.
         workers: Processes that read; from the cores if None.
+        say: Print in a line what else may be wrong.
 
     Raises:
         DataError: If a picture cannot be read.
@@ -44,6 +45,8 @@ def look_before_training(folder: PictureFolder, workers: int | None = None) -> N
             f"{len(bad)} of {len(files)} pictures of {folder.root} cannot be read: {named(bad)}. Replace or remove them, or "
             f"train without them: --data.on_error skip. {advice(folder.root)}"
         )
+    if not say:
+        return
     found = Findings(each for each in [*survey(folder.root).findings, *odd] if each.severity != "note")
     if found:
         print(f"check  {told_briefly(found.counts())}. {advice(folder.root)}")

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from finetune.errors import FinetuneError, did_you_mean, own_error
+from finetune.escaping import shown
 from finetune.verbs import VERBS
 from finetune.version import __version__
 
@@ -95,5 +96,5 @@ def _own_words(error: FinetuneError) -> str:
 
 
 def _leave(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {shown(message, keep=chr(10))}", file=sys.stderr)
     raise SystemExit(2)

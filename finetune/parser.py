@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from lightning.pytorch.cli import LightningArgumentParser
 
 from finetune.errors import FinetuneError, did_you_mean, own_error
+from finetune.escaping import shown
 
 
 class Parser(LightningArgumentParser):
@@ -29,7 +30,7 @@ class Parser(LightningArgumentParser):
         """
         if own := own_error(ex):
             raise own
-        print(f"error: {explain(message, _option_strings(self))}", file=sys.stderr)
+        print(f"error: {shown(explain(message, _option_strings(self)), keep=chr(10))}", file=sys.stderr)
         verb = next((word for word in self.prog.split() if word in ("validate", "test")), "fit")  # they take the same options
         print(f"For all options: resnet-finetune {verb} --help", file=sys.stderr)
         raise SystemExit(2)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from finetune.errors import DataError
+from finetune.escaping import shown
 from finetune.findings import Finding
 from finetune.folders import NAMES, SPLITS, Split, split_folders
 from finetune.walk import UNREADABLE, Found, browse, identity, listing
@@ -222,7 +223,7 @@ def _judge_name(found: Survey, path: str) -> None:
     categories = {unicodedata.category(letter) for letter in name}
     if "Cs" in categories:
         found.note("undecodable-name", path)
-    if categories & {"Cc", "Zl", "Zp"}:
+    if any(shown(letter) != letter for letter in name if unicodedata.category(letter) != "Cs"):
         found.note("control-characters", path)
     if name[0] in "=+-@" or re.search(r"[<>]", name):
         found.note("risky-name", path)
