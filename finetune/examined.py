@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -71,7 +72,8 @@ def examine_all(root: Path, files: Sequence[str], full: bool, workers: int | Non
 def _look(root: Path, files: Sequence[str], full: bool, workers: int) -> Iterator[Examined]:
     if not files:
         return
-    loader = DataLoader(_Looks(str(root), files, full), _BATCH, num_workers=workers, collate_fn=list)
+    own = torch.Generator()  # nothing is random here, yet a loader draws a number from torch's own, and what follows changes
+    loader = DataLoader(_Looks(str(root), files, full), _BATCH, num_workers=workers, collate_fn=list, generator=own)
     with tqdm(total=len(files), unit="picture", desc="checked", leave=False, disable=None) as bar:
         try:
             for batch in loader:

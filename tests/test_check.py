@@ -4,7 +4,6 @@ import csv
 import importlib
 import json
 import os
-import shutil
 import sqlite3
 import subprocess
 import sys
@@ -211,10 +210,3 @@ def test_what_may_not_be_read(damage):
         "unreadable-folder val/owl",
         "unreadable-file train/cat/0.png",
     ]
-
-
-def test_the_command_needs_no_trainer(damage, tmp_path):
-    damage.healthy_folder(tmp_path / "photos")
-    shutil.rmtree(tmp_path / "photos" / "val")
-    code = "import sys; from finetune.main import main; main(sys.argv[1:]); assert 'lightning' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code, "check", str(tmp_path / "photos")], check=True, capture_output=True)
