@@ -26,6 +26,7 @@ from typing import Literal, NamedTuple, TypeAlias
 from tabulate import tabulate
 
 from finetune.errors import DataError, did_you_mean
+from finetune.escaping import cells, shown
 from finetune.images import IMAGE_SUFFIXES
 from finetune.randomness import seed_of
 from finetune.walk import existing, identity, order, subfolders, walk
@@ -139,18 +140,18 @@ def summary(folder: PictureFolder, most: int = 30) -> str:
     counts = {split: folder.counts(split) for split in SPLITS}
     if len(folder.classes) <= most:
         first = "class"
-        rows = [[name, *(counts[split][label] for split in SPLITS)] for label, name in enumerate(folder.classes)]
+        rows = [[shown(name), *(counts[split][label] for split in SPLITS)] for label, name in enumerate(folder.classes)]
     else:
         first = f"{len(folder.classes)} classes"
         parts: dict[str, Callable[[list[int]], float]] = {"smallest": min, "median": median, "largest": max}
         rows = [[name, *(round(part(counts[split])) for split in SPLITS)] for name, part in parts.items()]
         smallest = sorted(range(len(folder.classes)), key=lambda label: counts["train"][label])[:5]
-        rows += [[folder.classes[label], *(counts[split][label] for split in SPLITS)] for label in smallest]
+        rows += [[shown(folder.classes[label]), *(counts[split][label] for split in SPLITS)] for label in smallest]
     rows.append(["total", *(sum(counts[split]) for split in SPLITS)])
     heads = [f"{split} (drawn)" if split in folder.drawn else split for split in SPLITS]
     table = tabulate(rows, [first, *heads], disable_numparse=[0])
     skipped = ", ".join(f"{number} {kind}" for kind, number in sorted(folder.skipped.items()))
-    return f"{folder.root}\n{table}" + (f"\nskipped: {skipped}" if skipped else "")
+    return f"{shown(str(folder.root))}\n{table}" + (f"\nskipped: {skipped}" if skipped else "")
 
 
 def write_split(folder: PictureFolder, path: Path) -> None:
@@ -164,7 +165,7 @@ def write_split(folder: PictureFolder, path: Path) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["file", "label", "split"])
     for split in SPLITS:
-        writer.writerows([picture.file, folder.classes[picture.label], split] for picture in folder.splits[split])
+        writer.writerows([*cells([file, folder.classes[label]]), split] for file, label in folder.splits[split])
     content = text.getvalue().encode("utf-8", "surrogateescape")
     if path.is_file() and path.read_bytes() == content:
         return

@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from finetune.errors import FinetuneError, did_you_mean, own_error
 from finetune.escaping import shown
+from finetune.trusted_code import guarding, take_trust
 from finetune.verbs import VERBS
 from finetune.version import __version__
 
@@ -48,7 +49,9 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     words = list(sys.argv[1:] if args is None else args)
     try:
-        _dispatch(words)
+        packages, words = take_trust(words)
+        with guarding(words, packages):
+            _dispatch(words)
     except BrokenPipeError:  # the reader has enough, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:

@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from finetune.errors import FinetuneError, did_you_mean, own_error
 from finetune.escaping import shown
+from finetune.trusted_code import refusal, require_trusted
 
 
 class Parser(LightningArgumentParser):
@@ -102,6 +103,14 @@ def _no_attribute(match: re.Match[str], _: list[str]) -> str:
     return f"The module '{module}' has no class '{name}'.{did_you_mean(name, names)}"
 
 
+def _not_trusted(match: re.Match[str], _: list[str]) -> str:
+    try:
+        require_trusted(match[1])
+    except FinetuneError as error:  # part of Python itself
+        return str(error)
+    return refusal(match[1])
+
+
 def _no_module(match: re.Match[str], _: list[str]) -> str:
     near = [path.stem for path in Path().glob("*.py")] + [path.parent.name for path in Path().glob("*/__init__.py")]
     return (
@@ -136,6 +145,7 @@ def _wrong_command(match: re.Match[str], _: list[str]) -> str:
 
 
 _PATTERNS: list[tuple[str, Any]] = [
+    (r"Importing '([\w.]+)' is not allowed", _not_trusted),
     (r"[Uu]nrecognized arguments: (\S+)", _unrecognised),
     (r"given class_path '([\w.]+)':\s+Option '([\w.]+)' is not accepted", _no_init_option),
     (r"given class_path '([\w.]+)':.*?(?:Key|Option|Group) '([\w.]+)' (?:is not|does not)", _no_init_option),

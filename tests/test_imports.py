@@ -15,6 +15,7 @@ ORDER = [
     "version",
     "errors",
     "escaping",
+    "trusted_code",
     "findings",
     "randomness",
     "whole",
