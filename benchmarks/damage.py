@@ -279,7 +279,17 @@ def _main() -> None:
             (finding,) = [each for each in check(Path(folder, "layouts", case.file)).findings if each.kind == "layout"]
             print(f"{case.what}: {finding.kind}: {finding.detail.replace(folder, '')}")
         print()
-        options = ["--model.backbone", "test_resnet", "--model.weights", "none", "--data.image_size", "32"]
+        Path(folder, "run.yaml").write_text("seed_everything: 0\n")
+        options = [
+            "--config",
+            f"{folder}/run.yaml",
+            "--model.backbone",
+            "test_resnet",
+            "--model.weights",
+            "none",
+            "--data.image_size",
+            "32",
+        ]
         options += ["--data.root", str(root), "--run.folder", f"{folder}/runs", "--trainer.max_epochs", "1"]
         main(["fit", *options, "--data.on_error", "skip", "--data.max_errors", "0.5"])
         print("fit ended, exit code 0\n")

@@ -11,13 +11,14 @@ import hashlib
 import json
 import os
 import sqlite3
+import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -100,8 +101,12 @@ class _Memory:
     def __enter__(self) -> _Memory:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.lock = FileLock(f"{self.path}.lock")
-            self.lock.acquire()  # processes of one run take turns, and all but the first find everything
+            self.lock = FileLock(f"{self.path}.lock")  # processes of one run take turns; all but the first find everything
+            try:
+                self.lock.acquire(timeout=5)
+            except Timeout:
+                print(f"Another process is checking the same folder: waiting for it ({self.path.name})", file=sys.stderr)
+                self.lock.acquire()
             self.base = sqlite3.connect(self.path, isolation_level="IMMEDIATE")
             self._open()
         except (OSError, sqlite3.Error):

@@ -33,6 +33,7 @@ Fine-tune pretrained image backbones on a folder of pictures.
 
 examples:
   resnet-finetune fit --config small --data.root photos/            photos/<class>/<picture>, or photos/{{train,val}}/<class>/
+  resnet-finetune check photos/                                     cut off, empty, twice, under two labels, ...
   resnet-finetune fit --ckpt_path last                              go on with the run that was stopped
   resnet-finetune test --ckpt_path runs/small/TIME                  measure a run's best checkpoint again
   resnet-finetune predict runs/small/TIME new/ --out predictions.csv

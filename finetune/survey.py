@@ -68,13 +68,11 @@ class Survey:
         root: The folder.
         pictures: The pictures of all classes.
         findings: What is odd.
-        drawn: Whether validation has no folder of its own.
     """
 
     root: Path
     pictures: list[Member] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
-    drawn: bool = True
 
     def note(self, kind: str, file: str, detail: str = "") -> None:
         """Add a finding."""
@@ -93,7 +91,6 @@ def survey(root: Path) -> Survey:
     """
     found = Survey(root)
     splits = _splits(found)
-    found.drawn = "val" not in splits
     above = {identity(str(root)), *(identity(str(root / name)) for name in splits.values() if name)}
     classes: dict[Split, list[str]] = {}
     for split, name in splits.items():
@@ -110,8 +107,8 @@ def _splits(found: Survey) -> dict[Split, str]:
         return split_folders(found.root, Counter())
     except DataError as error:
         found.note("layout", "", str(error))
-    names = [each.name for each in os.scandir(found.root) if each.is_dir()] if os.access(found.root, os.R_OK) else []
-    known = {name: NAMES[name.lower()] for name in sorted(names) if name.lower() in NAMES}
+    names = [entry.path for entry in _level(found, "") if entry.kind == "folder"]
+    known = {name: NAMES[name.lower()] for name in names if name.lower() in NAMES}
     return {split: name for name, split in known.items()} if "train" in known.values() else {"train": ""}
 
 

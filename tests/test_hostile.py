@@ -167,7 +167,8 @@ def tables(folder):
 def test_names_stay_text(hostile, tmp_path, read_page, capsys):
     hostile.named_folder(tmp_path / "data")
     options = ["--model.backbone", "test_resnet", "--model.weights", "none", "--data.image_size", "32", "--data.workers", "0"]
-    main(["fit", *options, "--data.root", "data", "--trainer.max_epochs", "1"])
+    (tmp_path / "run.yaml").write_text("seed_everything: 0\n")
+    main(["fit", "--config", "run.yaml", *options, "--data.root", "data", "--trainer.max_epochs", "1"])
     (run,) = (tmp_path / "runs" / "run").iterdir()
     main(["predict", str(run), "data/val", "--out", "predictions.csv", "--workers", "0"])
     main(["evaluate", str(run), "--out", "evaluation", "--workers", "0", "--resamples", "10"])
