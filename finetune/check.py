@@ -121,7 +121,7 @@ def check_to_terminal(
     findings = checked.findings
     if findings:
         print(findings.table())
-    numbers = ", ".join(f"{findings.number(each)} {each}s" for each in SEVERITIES)
+    numbers = ", ".join(f"{number} {each}{'s' * (number != 1)}" for each in SEVERITIES for number in [findings.number(each)])
     print(f"{shown(str(checked.root))}: {checked.pictures} pictures, {numbers}" + (" (a quick look)" if quick else ""))
     if target is not None:
         _write(checked, target)
