@@ -132,7 +132,8 @@ class Findings(list[Finding]):
             named = "\n".join([*(_example(finding) for finding in first[kind]), *more])
             rows.append([KINDS[kind].severity, kind, number, KINDS[kind].text, named])
         heads = ["", "kind", "number", "what it is", "such as"]
-        return tabulate(rows, heads, disable_numparse=True, maxcolwidths=[None, None, None, 44, 60], colglobalalign="left")
+        sides = ("left", "left", "right", "left", "left")
+        return tabulate(rows, heads, disable_numparse=True, maxcolwidths=[None, None, None, 44, 60], colalign=sides)
 
     def as_csv(self) -> bytes:
         """Return a row for each: kind, severity, file, detail."""

@@ -98,6 +98,17 @@ def test_what_is_installed_is_shown_before_it_is_imported(hostile, installed):
     assert installed.exists()
 
 
+def test_trust_reaches_the_parser(hostile, installed, tmp_path):
+    package = tmp_path / "venv" / "lib" / "site-packages" / "their_nets" / "__init__.py"
+    package.write_text(NETWORK + "\n\nimport lightning as L\n\n\nclass Own(L.Callback):\n    pass\n")
+    (tmp_path / "theirs.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [{"class_path": "their_nets.Own"}]}}))
+    words = ["fit", "--model.backbone", "test_resnet", *QUICK, "--config", "theirs.yaml"]
+    code, said = hostile.outcome(words)
+    assert (code, "--trust their_nets" in said, installed.exists()) == (2, True, False)
+    code, said = hostile.outcome([*words, "--trust=their_nets"])
+    assert (code, installed.exists()) == (0, True), said
+
+
 def test_what_the_user_types_is_trusted(hostile, installed):
     assert hostile.outcome(["fit", *QUICK, "--model.backbone", "their_nets.Net"])[0] == 0
     assert hostile.outcome(["stages", "their_nets.Net", "--input", "32"])[0] == 0
