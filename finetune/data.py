@@ -15,7 +15,7 @@ import warnings
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from finetune.decoded import Decoded, keep_decoded
 from finetune.errors import ConfigError, DataError, did_you_mean
 from finetune.folders import PictureFolder, Split, scan, summary, write_split
 from finetune.hardware import worker_count
+from finetune.left_out import leaving_out, look_before_training, tell_left_out, write_left_out
 from finetune.loading import EvalSampler, PictureDataset, Sampling, TrainSampler, even_batch_size
 from finetune.positioned import PositionedDataModule
 from finetune.randomness import global_seed, seed_of
@@ -81,6 +82,9 @@ class FolderDataModule(PositionedDataModule):
             (needs augment none), or views:K (each training picture is kept in K augmented versions, which take turns).
         reuse_dtype: Kind of number that is kept; float16 takes half the room and rounds.
         reuse_budget: Gigabytes that what is kept for one phase may take; a phase that needs more reads pictures instead.
+        on_error: What happens where pictures cannot be read. raise: training does not start, or stops, and names them; skip:
+            all are decoded once before training, and those that cannot be are left out and named.
+        max_errors: Share of the pictures that skip may leave out.
 
     Attributes:
         input_spec: The input that the loaders deliver; `setup` asks the model for it.
@@ -107,6 +111,8 @@ class FolderDataModule(PositionedDataModule):
         reuse: str | bool = "off",
         reuse_dtype: ReuseType = "float32",
         reuse_budget: float = 20.0,
+        on_error: Literal["raise", "skip"] = "raise",
+        max_errors: float = 0.05,
     ) -> None:
         super().__init__()
         root = _plain(root)
@@ -121,6 +127,7 @@ class FolderDataModule(PositionedDataModule):
         self.sampling = sampling
         self.workers = workers
         self.decoded = decoded
+        self.on_error, self.max_errors = on_error, max_errors
         self._check_options(eval_batch_size)
         off = reuse is False  # how YAML reads the word
         self.reuse = Reuse.parse("off" if off else reuse, reuse_dtype, reuse_budget, random=augment != "none")
@@ -136,6 +143,10 @@ class FolderDataModule(PositionedDataModule):
         for name, value in sizes.items():
             if value is not None and value < 1:
                 raise ConfigError(f"Expected data.{name} to be at least 1, found {value}.")
+        if self.on_error not in ("raise", "skip"):
+            raise ConfigError(f"Expected data.on_error to be raise or skip, found '{self.on_error}'.")
+        if not 0 <= self.max_errors <= 1:
+            raise ConfigError(f"Expected data.max_errors to be between 0 and 1, found {self.max_errors}.")
         if self.workers is not None and self.workers < 0:
             raise ConfigError(f"Expected data.workers to be 0 or more, found {self.workers}.")
         levels = get_args(Augmentation)
@@ -164,7 +175,8 @@ class FolderDataModule(PositionedDataModule):
         if make := BUILT_IN.get(self.root):
             return scan(make())
         try:
-            return scan(self.root, self.val_fraction, self.test_fraction, self.split_seed)
+            choose = leaving_out(self.max_errors, self.workers) if self.on_error == "skip" else None
+            return scan(self.root, self.val_fraction, self.test_fraction, self.split_seed, choose)
         except DataError as error:
             if Path(self.root).expanduser().exists():
                 raise
@@ -197,7 +209,11 @@ class FolderDataModule(PositionedDataModule):
     # ---------------------------------------------------------------------------------------------- hooks of Lightning
 
     def setup(self, stage: str) -> None:
-        """Ask the model for its input; before training, print what was found and write down a split that was drawn here."""
+        """Ask the model for its input; before training, look at the pictures, print what was found and write it down.
+
+        Raises:
+            DataError: If there are pictures that cannot be read, and they are not to be left out.
+        """
         for message in _NOT_TRUE_HERE:
             warnings.filterwarnings("ignore", message=message)
         trainer = self.trainer
@@ -206,12 +222,22 @@ class FolderDataModule(PositionedDataModule):
         if stage != "fit":
             return
         self._restored = None
-        if trainer is None or trainer.is_global_zero:
+        first = trainer is None or trainer.is_global_zero
+        if trainer and self.on_error == "raise" and self.root not in BUILT_IN:
+            look_before_training(self.folder, self.workers, first)
+        if first:
             print(summary(self.folder))
-        if trainer and self.folder.drawn:
+            tell_left_out(self.folder)
+        if trainer and (self.folder.drawn or self.folder.left_out):
             run = trainer.log_dir  # asks all processes
             if run and trainer.is_global_zero and (trainer.loggers or Path(run).resolve() != Path.cwd()):
                 write_split(self.folder, Path(run, "split.csv"))
+                write_left_out(self.folder, Path(run, "left_out.csv"))
+
+    def teardown(self, stage: str) -> None:
+        """After training, name again the pictures that were left out."""
+        if stage == "fit" and (self.trainer is None or self.trainer.is_global_zero):
+            tell_left_out(self.folder)
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]] | ReuseLoader:
         """Return shuffled, augmented training batches; the pictures of an incomplete last batch wait for another epoch."""
@@ -219,7 +245,7 @@ class FolderDataModule(PositionedDataModule):
         trainer: Any = self.trainer
         pictures = self.folder.splits["train"]
         transform = train_transform(self.input_spec, self.augment, self.hflip)
-        dataset = PictureDataset(self.folder.root, pictures, transform, seed, self._decoded("train"))
+        dataset = PictureDataset(self.folder.root, pictures, transform, seed, self._decoded("train"), self._advice)
         if trainer and trainer.overfit_batches:
             return self._loader(dataset, self.batch_size)
         position = self.position if trainer else None
@@ -231,6 +257,13 @@ class FolderDataModule(PositionedDataModule):
     def val_dataloader(self) -> DataLoader[dict[str, Any]] | ReuseLoader | list[Any]:
         """Return the validation batches in the order of `files`; an empty list if there are no pictures to validate with."""
         return self._reusing(self.eval_loader("val"), "val") if self.folder.splits["val"] else []
+
+    @property
+    def _advice(self) -> str:
+        """What to do about a picture that cannot be read, if that is noticed only now."""
+        if self.on_error == "skip":
+            return "It could be read before training; mend it and go on with: fit --ckpt_path last"
+        return "To train without such pictures: --data.on_error skip"
 
     def _decoded(self, split: Split) -> Decoded | None:
         if self.decoded is None:
@@ -264,7 +297,9 @@ class FolderDataModule(PositionedDataModule):
             DataError: If there are fewer pictures than processes.
         """
         pictures = self.folder.splits[split]
-        dataset = PictureDataset(self.folder.root, pictures, eval_transform(self.input_spec), decoded=self._decoded(split))
+        dataset = PictureDataset(
+            self.folder.root, pictures, eval_transform(self.input_spec), None, self._decoded(split), self._advice
+        )
         world, rank = self.ranks()
         if world == 1:
             return self._loader(dataset, self.eval_batch_size)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from finetune import checkpoints
 from finetune.calibration import fit_temperature, scaled, store_temperature
 from finetune.errors import ConfigError, DataError
+from finetune.escaping import cells, shown
 from finetune.folders import SPLITS, Split
 from finetune.labelled import Labelled, own_pictures, pictures_in
 from finetune.outcomes import Outcome, write_outcome
@@ -97,7 +98,7 @@ def evaluate(
         files = RunFiles(run_of(trained.path) or target)
         files.outcomes = {pictures.name: outcome}
         write_report(files, partial / "report.html")
-    print(_text(outcome, found, threshold, pictures.name, predictor.trained.temperature))
+    print(shown(_text(outcome, found, threshold, pictures.name, predictor.trained.temperature), keep="\n"))
     print(f"files  {target}/  ({', '.join(sorted(path.name for path in target.iterdir()))})")
     return target
 
@@ -123,7 +124,8 @@ def outcome_of(predictor: Predictor, pictures: Labelled, workers: int | None = N
     if not rows:
         raise DataError(f"None of the {len(known)} pictures of {pictures.name} can be read. The first: {failed[0]}")
     if failed:
-        print(f"warning: {len(failed)} pictures cannot be read and are left out:\n  " + "\n  ".join(failed[:5]))
+        named = "\n  ".join(map(shown, failed[:5]))
+        print(f"warning: {len(failed)} pictures cannot be read and are left out:\n  {named}")
     labels = np.array([known[file] for file in read], np.int64)
     probabilities = np.stack(rows).astype(np.float64)
     probabilities /= probabilities.sum(1, keepdims=True)  # float32 adds up to 1 only nearly
@@ -192,7 +194,7 @@ def _write_tables(folder: Path, outcome: Outcome, report: Mapping[str, Any]) -> 
 
 def _write_csv(path: Path, rows: Iterable[Sequence[str]]) -> None:
     with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as handle:
-        csv.writer(handle).writerows(rows)
+        csv.writer(handle).writerows(cells(row) for row in rows)
 
 
 def _text(outcome: Outcome, found: Mapping[str, Interval], thresholds: Iterable[float], name: str, temperature: float) -> str:

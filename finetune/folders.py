@@ -2,7 +2,7 @@
 
 Two layouts are understood; pictures may lie anywhere below the folder of their class:
 
-    root/{train,val,test}/<class>/**/<picture>      also `valid` or `validation`; upper or lower case
+    root/{train,val,test}/<class>/**/<picture>      also training, valid, validation, testing, in upper or lower case
     root/<class>/**/<picture>                       split here
 
 Classes are the folders of the training split in the order of their names, and the other splits are held to them: a class that a
@@ -18,7 +18,7 @@ import os
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Literal, NamedTuple, TypeAlias
@@ -26,6 +26,7 @@ from typing import Literal, NamedTuple, TypeAlias
 from tabulate import tabulate
 
 from finetune.errors import DataError, did_you_mean
+from finetune.escaping import cells, shown
 from finetune.images import IMAGE_SUFFIXES
 from finetune.randomness import seed_of
 from finetune.walk import existing, identity, order, subfolders, walk
@@ -33,9 +34,20 @@ from finetune.walk import existing, identity, order, subfolders, walk
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
-_NAMES: Mapping[str, Split] = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+NAMES: Mapping[str, Split] = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
+"""What the folders of splits may be called, in lower case."""
+
 _ARRANGE = "Arrange the pictures as {0}/<class>/<picture>, or as {0}/train/<class>/<picture> and {0}/val/<class>/<picture>."
-_Tree: TypeAlias = dict[str, list[str]]  # class -> paths of its pictures
+Tree: TypeAlias = dict[str, list[str]]
+"""Classes and the paths of their pictures."""
 
 
 class Picture(NamedTuple):
@@ -60,6 +72,7 @@ class PictureFolder:
         splits: The pictures of each split in the order of their paths.
         drawn: The splits that were not there as folders and were drawn from the training pictures.
         skipped: What was left out, and how often: "hidden", "not a picture", "broken link", "outside a class folder".
+        left_out: Pictures that cannot be used, with the kind of damage, where these are to be left out.
     """
 
     root: Path
@@ -67,6 +80,7 @@ class PictureFolder:
     splits: Mapping[Split, Sequence[Picture]]
     drawn: tuple[Split, ...]
     skipped: Mapping[str, int]
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     def counts(self, split: Split) -> list[int]:
         """Return the number of pictures of each class."""
@@ -74,8 +88,16 @@ class PictureFolder:
         return [found[label] for label in range(len(self.classes))]
 
 
+Choose: TypeAlias = Callable[[Path, Mapping[Split, Tree]], tuple[dict[Split, Tree], dict[str, str]]]
+"""Divides what a folder holds into what can be used and what is left out, with the kind of damage."""
+
+
 def scan(
-    root: str | os.PathLike[str], val_fraction: float = 0.2, test_fraction: float = 0.0, split_seed: int = 0
+    root: str | os.PathLike[str],
+    val_fraction: float = 0.2,
+    test_fraction: float = 0.0,
+    split_seed: int = 0,
+    choose: Choose | None = None,
 ) -> PictureFolder:
     """Find classes and pictures; draw the splits that have no folder of their own from the training pictures.
 
@@ -84,6 +106,7 @@ def scan(
         val_fraction: Share of each class to draw for validation if there is no folder for it.
         test_fraction: The same for the test.
         split_seed: Another seed draws other pictures.
+        choose: Says what can be used; folders that cannot be read are then left out, too.
 
     Raises:
         DataError: If the folder is missing, arranged in no known way, holds fewer than two classes, an empty class, or a class
@@ -91,7 +114,11 @@ def scan(
     """
     folder = existing(Path(root).expanduser())
     skipped: Counter[str] = Counter()
-    trees = {split: _read_classes(folder, name, skipped) for split, name in split_folders(folder, skipped).items()}
+    tolerant = choose is not None
+    trees = {split: _read_classes(folder, name, skipped, tolerant) for split, name in split_folders(folder, skipped).items()}
+    left_out: dict[str, str] = {}
+    if choose is not None:
+        trees, left_out = choose(folder, trees)
     classes = _check_classes(folder, trees)
     fractions: dict[Split, float] = {"val": val_fraction, "test": test_fraction}
     missing: dict[Split, float] = {split: share for split, share in fractions.items() if split not in trees and share > 0}
@@ -100,7 +127,7 @@ def scan(
         split: [Picture(file, label) for label, name in enumerate(classes) for file in trees.get(split, {}).get(name, [])]
         for split in SPLITS
     }
-    return PictureFolder(folder, tuple(classes), splits, tuple(missing), dict(skipped))
+    return PictureFolder(folder, tuple(classes), splits, tuple(missing), dict(skipped), left_out)
 
 
 def summary(folder: PictureFolder, most: int = 30) -> str:
@@ -113,30 +140,32 @@ def summary(folder: PictureFolder, most: int = 30) -> str:
     counts = {split: folder.counts(split) for split in SPLITS}
     if len(folder.classes) <= most:
         first = "class"
-        rows = [[name, *(counts[split][label] for split in SPLITS)] for label, name in enumerate(folder.classes)]
+        rows = [[shown(name), *(counts[split][label] for split in SPLITS)] for label, name in enumerate(folder.classes)]
     else:
         first = f"{len(folder.classes)} classes"
         parts: dict[str, Callable[[list[int]], float]] = {"smallest": min, "median": median, "largest": max}
         rows = [[name, *(round(part(counts[split])) for split in SPLITS)] for name, part in parts.items()]
         smallest = sorted(range(len(folder.classes)), key=lambda label: counts["train"][label])[:5]
-        rows += [[folder.classes[label], *(counts[split][label] for split in SPLITS)] for label in smallest]
+        rows += [[shown(folder.classes[label]), *(counts[split][label] for split in SPLITS)] for label in smallest]
     rows.append(["total", *(sum(counts[split]) for split in SPLITS)])
     heads = [f"{split} (drawn)" if split in folder.drawn else split for split in SPLITS]
     table = tabulate(rows, [first, *heads], disable_numparse=[0])
     skipped = ", ".join(f"{number} {kind}" for kind, number in sorted(folder.skipped.items()))
-    return f"{folder.root}\n{table}" + (f"\nskipped: {skipped}" if skipped else "")
+    return f"{shown(str(folder.root))}\n{table}" + (f"\nskipped: {skipped}" if skipped else "")
 
 
 def write_split(folder: PictureFolder, path: Path) -> None:
-    """Write down which picture is in which split: a CSV file with the columns file, label (name of the class) and split.
+    """Write down which picture is in which split, if one was drawn: a CSV file with the columns file, label and split.
 
     A file that says the same already is left alone.
     """
+    if not folder.drawn:
+        return
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["file", "label", "split"])
     for split in SPLITS:
-        writer.writerows([picture.file, folder.classes[picture.label], split] for picture in folder.splits[split])
+        writer.writerows([*cells([file, folder.classes[label]]), split] for file, label in folder.splits[split])
     content = text.getvalue().encode("utf-8", "surrogateescape")
     if path.is_file() and path.read_bytes() == content:
         return
@@ -157,12 +186,12 @@ def split_folders(root: Path, skipped: Counter[str]) -> dict[Split, str]:
     if not names:
         raise DataError(f"{root} holds no class folders. {_ARRANGE.format(root)}")
     skipped.update({"outside a class folder": loose} if loose else {})
-    found = [name for name in names if name.lower() in _NAMES]
+    found = [name for name in names if name.lower() in NAMES]
     if not found or not _are_splits(root, names, found):
         return {"train": ""}
     layout: dict[Split, str] = {}
     for name in found:
-        split = _NAMES[name.lower()]
+        split = NAMES[name.lower()]
         if split in layout:
             raise DataError(f"{root} holds both '{layout[split]}' and '{name}': expected one folder for {split}. Remove one.")
         layout[split] = name
@@ -176,7 +205,7 @@ def _are_splits(root: Path, names: Sequence[str], found: Sequence[str]) -> bool:
     if len(found) == len(names):
         return True
     with_classes = [name for name in found if subfolders(str(root / name), Counter())[0]]
-    if with_classes and {_NAMES[name.lower()] for name in found} == {"train"}:
+    if with_classes and {NAMES[name.lower()] for name in found} == {"train"}:
         others = [name for name in names if name not in found]
         raise DataError(
             f"{root} can be read in two ways: '{found[0]}' with folders of its own may be a split or a class beside "
@@ -185,7 +214,7 @@ def _are_splits(root: Path, names: Sequence[str], found: Sequence[str]) -> bool:
     return bool(with_classes)
 
 
-def _read_classes(root: Path, split: str, skipped: Counter[str]) -> _Tree:
+def _read_classes(root: Path, split: str, skipped: Counter[str], tolerant: bool) -> Tree:
     """Return the pictures of each class folder; paths are below the root and in order."""
     top = root / split
     names, loose = subfolders(str(top), Counter() if not split else skipped)
@@ -194,15 +223,15 @@ def _read_classes(root: Path, split: str, skipped: Counter[str]) -> _Tree:
         if not names and loose:
             raise DataError(f"{top} holds {loose} pictures but no class folders. {_ARRANGE.format(root)}")
     above = {identity(str(root)), identity(str(top))}
-    tree: _Tree = {}
+    tree: Tree = {}
     for name in names:
         prefix = f"{split}/{name}/" if split else f"{name}/"
-        files = [prefix + file for file in walk(str(top / name), skipped, above)]
+        files = [prefix + file for file in walk(str(top / name), skipped, above, tolerant)]
         tree.setdefault(unicodedata.normalize("NFC", name), []).extend(files)
     return {name: sorted(files, key=order) for name, files in tree.items()}
 
 
-def _check_classes(root: Path, trees: Mapping[Split, _Tree]) -> list[str]:
+def _check_classes(root: Path, trees: Mapping[Split, Tree]) -> list[str]:
     classes = sorted(trees["train"])
     if empty := [name for name in classes if not trees["train"][name]]:
         raise DataError(
@@ -229,9 +258,9 @@ def _list(names: Iterable[str], most: int = 5) -> str:
 # -------------------------------------------------------------------------------------------------------------- the draw
 
 
-def _draw(train: _Tree, fractions: Mapping[Split, float], seed: int) -> dict[Split, _Tree]:
+def _draw(train: Tree, fractions: Mapping[Split, float], seed: int) -> dict[Split, Tree]:
     """Draw validation pictures from one end of each class in the order of hashes, test pictures from the other."""
-    drawn: dict[Split, _Tree] = {split: {} for split in ("train", *fractions)}
+    drawn: dict[Split, Tree] = {split: {} for split in ("train", *fractions)}
     for name, files in train.items():
         drawing = sorted(files, key=lambda file: (seed_of(seed, order(file)), file))
         val = _share(len(files), fractions.get("val", 0), len(files) - 1)

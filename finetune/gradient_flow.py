@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
+from finetune import escaping
 from finetune.data import FolderDataModule
 from finetune.errors import ConfigError, DataError
 from finetune.flow_warnings import FlowWarnings, why_it_rests
@@ -196,7 +197,7 @@ class GradientFlow(Callback):
     def _say(self, trainer: L.Trainer, texts: Sequence[str]) -> None:
         show = trainer.lightning_module.print if trainer.is_global_zero else print  # which is silent on other processes
         for text in texts:
-            show(f"warning: {text}")
+            show(f"warning: {escaping.shown(text)}")
 
     def _name_pictures(self, trainer: L.Trainer) -> None:
         if self._batch is None:

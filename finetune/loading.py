@@ -35,6 +35,7 @@ class PictureDataset(Dataset[dict[str, Any]]):
         transform: uint8 (3, height, width) -> uint8 (3, size, size).
         seed: Seed of a random transform, which then depends on (seed, epoch, path) alone; None for one without randomness.
         decoded: The pictures by their index where they were decoded before; they are read from their files if None.
+        advice: Said when a picture cannot be read.
     """
 
     def __init__(
@@ -44,12 +45,14 @@ class PictureDataset(Dataset[dict[str, Any]]):
         transform: Transform,
         seed: int | None = None,
         decoded: Decoded | None = None,
+        advice: str = "",
     ) -> None:
         self.root = str(root)
         self.pictures = pictures
         self.transform = transform
         self.seed = seed
         self.decoded = decoded
+        self.advice = advice
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -64,7 +67,7 @@ class PictureDataset(Dataset[dict[str, Any]]):
         try:
             image = read_image(os.path.join(self.root, file)) if self.decoded is None else self.decoded[index]
         except DataError as error:
-            raise PictureError(str(error)) from None
+            raise PictureError(f"{error} {self.advice}") from None
         if self.seed is None:
             image = self.transform(image)
         else:

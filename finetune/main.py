@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from finetune.errors import FinetuneError, did_you_mean, own_error
+from finetune.escaping import shown
+from finetune.trusted_code import guarding, take_trust
 from finetune.verbs import VERBS
 from finetune.version import __version__
 
@@ -31,6 +33,7 @@ Fine-tune pretrained image backbones on a folder of pictures.
 
 examples:
   resnet-finetune fit --config small --data.root photos/            photos/<class>/<picture>, or photos/{{train,val}}/<class>/
+  resnet-finetune check photos/                                     cut off, empty, twice, under two labels, ...
   resnet-finetune fit --ckpt_path last                              go on with the run that was stopped
   resnet-finetune test --ckpt_path runs/small/TIME                  measure a run's best checkpoint again
   resnet-finetune predict runs/small/TIME new/ --out predictions.csv
@@ -47,7 +50,9 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     words = list(sys.argv[1:] if args is None else args)
     try:
-        _dispatch(words)
+        packages, words = take_trust(words)
+        with guarding(words, packages):
+            _dispatch(words)
     except BrokenPipeError:  # the reader has enough, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
@@ -95,5 +100,5 @@ def _own_words(error: FinetuneError) -> str:
 
 
 def _leave(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {shown(message, keep=chr(10))}", file=sys.stderr)
     raise SystemExit(2)

@@ -35,6 +35,7 @@ from finetune.staged import StagedModule
 from finetune.stages import HEAD, split_head
 from finetune.timetable import Timetable, build_timetable, run_length
 from finetune.transforms import InputSpec
+from finetune.trusted_code import guarding
 from finetune.weights import load_weights
 
 BatchNormMode = Literal["auto", "frozen", "train"]
@@ -389,4 +390,5 @@ class FinetuneModule(StagedModule):
             **kwargs: Values that replace those in the checkpoint, and the other arguments of Lightning's method.
         """
         kwargs = {"weights": "none", "weights_only": True, "map_location": "cpu", **kwargs}
-        return super().load_from_checkpoint(checkpoint_path, **kwargs)
+        with guarding(packages=[cls.__module__.partition(".")[0]]):  # it may name a backbone
+            return super().load_from_checkpoint(checkpoint_path, **kwargs)

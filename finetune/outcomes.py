@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune.errors import DataError
+from finetune.escaping import cell, cells, from_cell
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Ints: TypeAlias = npt.NDArray[np.int64]
@@ -54,7 +55,8 @@ class Outcome:
 def write_outcome(outcome: Outcome, path: Path) -> None:
     """Write the table as a CSV file; it appears when it is complete.
 
-    Its columns are file, true, label (the most probable class) and its probability, then one per class.
+    Its columns are file, true, label (the most probable class) and its probability, then one per class. Names that a
+    spreadsheet would take for a formula are written behind an apostrophe, see `escaping.cell`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.part")
@@ -62,8 +64,8 @@ def write_outcome(outcome: Outcome, path: Path) -> None:
         writer = csv.writer(handle)
         writer.writerow([*_FIRST, *(f"{_CLASS}{name}" for name in outcome.classes)])
         for file, true, best, row in zip(outcome.files, outcome.labels, outcome.predicted, outcome.probabilities, strict=True):
-            cells = [f"{value:.9g}" for value in row]
-            writer.writerow([file, outcome.classes[true], outcome.classes[best], cells[best], *cells])
+            shares = [f"{value:.9g}" for value in row]
+            writer.writerow([*cells([file, outcome.classes[true], outcome.classes[best]]), shares[best], *shares])
     os.replace(partial, path)
 
 
@@ -81,7 +83,7 @@ def read_outcome(path: str | os.PathLike[str]) -> Outcome:
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
     classes = tuple(name.removeprefix(_CLASS) for name in header[len(_FIRST) :])
-    number = {name: index for index, name in enumerate(classes)}
+    number = {cell(name): index for index, name in enumerate(classes)}
     try:
         if header[: len(_FIRST)] != _FIRST or not classes:
             raise ValueError(f"its columns are {', '.join(header[:6]) or 'missing'}")
@@ -92,4 +94,4 @@ def read_outcome(path: str | os.PathLike[str]) -> Outcome:
             f"{path} is no table of labelled predictions: expected the columns {', '.join(_FIRST)} and one "
             f"'{_CLASS}<class>' for each class, found: {error}. Write it again with: resnet-finetune evaluate"
         ) from error
-    return Outcome([row[0] for row in rows], labels, values, classes)
+    return Outcome([from_cell(row[0]) for row in rows], labels, values, classes)

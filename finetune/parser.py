@@ -15,6 +15,8 @@ from typing import Any, NoReturn
 from lightning.pytorch.cli import LightningArgumentParser
 
 from finetune.errors import FinetuneError, did_you_mean, own_error
+from finetune.escaping import shown
+from finetune.trusted_code import refusal, require_trusted
 
 
 class Parser(LightningArgumentParser):
@@ -29,7 +31,7 @@ class Parser(LightningArgumentParser):
         """
         if own := own_error(ex):
             raise own
-        print(f"error: {explain(message, _option_strings(self))}", file=sys.stderr)
+        print(f"error: {shown(explain(message, _option_strings(self)), keep=chr(10))}", file=sys.stderr)
         verb = next((word for word in self.prog.split() if word in ("validate", "test")), "fit")  # they take the same options
         print(f"For all options: resnet-finetune {verb} --help", file=sys.stderr)
         raise SystemExit(2)
@@ -101,6 +103,14 @@ def _no_attribute(match: re.Match[str], _: list[str]) -> str:
     return f"The module '{module}' has no class '{name}'.{did_you_mean(name, names)}"
 
 
+def _not_trusted(match: re.Match[str], _: list[str]) -> str:
+    try:
+        require_trusted(match[1])
+    except FinetuneError as error:  # part of Python itself
+        return str(error)
+    return refusal(match[1])
+
+
 def _no_module(match: re.Match[str], _: list[str]) -> str:
     near = [path.stem for path in Path().glob("*.py")] + [path.parent.name for path in Path().glob("*/__init__.py")]
     return (
@@ -135,6 +145,7 @@ def _wrong_command(match: re.Match[str], _: list[str]) -> str:
 
 
 _PATTERNS: list[tuple[str, Any]] = [
+    (r"Importing '([\w.]+)' is not allowed", _not_trusted),
     (r"[Uu]nrecognized arguments: (\S+)", _unrecognised),
     (r"given class_path '([\w.]+)':\s+Option '([\w.]+)' is not accepted", _no_init_option),
     (r"given class_path '([\w.]+)':.*?(?:Key|Option|Group) '([\w.]+)' (?:is not|does not)", _no_init_option),

@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from finetune.errors import ConfigError, DataError
+from finetune.escaping import cell
 from finetune.predictor import Answer, Augmentations, Predictor
 from finetune.rows import GrowingFile
 from finetune.walk import Pictures
@@ -134,11 +135,11 @@ class _Csv(_Encoder):
 
     def _cells(self, answer: Answer) -> list[str]:
         if answer.values is None:
-            return [answer.file, *[""] * (2 * self.topk + len(self.all)), answer.error]
+            return [cell(answer.file), *[""] * (2 * self.topk + len(self.all)), cell(answer.error)]
         best = self.predictor.top(answer, self.topk)
         pairs = zip(best.labels, best.probabilities, strict=True)
-        top = [cell for label, p in pairs for cell in (label, f"{p:.6f}")]
-        return [answer.file, *top, *(f"{value:.7g}" for value in (answer.values if self.all else ())), ""]
+        top = [text for label, p in pairs for text in (cell(label), f"{p:.6f}")]
+        return [cell(answer.file), *top, *(f"{value:.7g}" for value in (answer.values if self.all else ())), ""]
 
     @staticmethod
     def _rows(rows: list[list[str]]) -> bytes:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import timm
@@ -20,6 +21,7 @@ from finetune.errors import CheckpointError, ConfigError
 from finetune.module import FinetuneModule
 from finetune.runs import find_checkpoint
 from finetune.transforms import InputSpec
+from finetune.trusted_code import guarding, require_trusted
 
 ONNX_KEY = "resnet-finetune"
 """Under this name class names, input and temperature stand in the metadata of an exported ONNX file, as JSON."""
@@ -130,12 +132,17 @@ def load_model(checkpoint: str | os.PathLike[str]) -> FinetuneModule:
 def _load(path: Path, content: Mapping[str, Any]) -> FinetuneModule:
     class_path = content[checkpoints.KEY]["class_path"]
     own = class_path == f"{FinetuneModule.__module__}.{FinetuneModule.__qualname__}"
-    try:
-        kind = FinetuneModule if own else import_path(class_path)
-    except ConfigError as error:
-        raise CheckpointError(
-            f"{path} was written by {class_path}, which cannot be imported here. Run this in the folder of its project."
-        ) from error
+    with guarding():
+        try:
+            require_trusted(class_path)
+        except ConfigError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        try:
+            kind = FinetuneModule if own else import_path(class_path)
+        except ConfigError as error:
+            raise CheckpointError(
+                f"{path} was written by {class_path}, which cannot be imported here. Run this in the folder of its project."
+            ) from error
     if not (isinstance(kind, type) and issubclass(kind, FinetuneModule)):
         raise CheckpointError(f"{path} names the class {class_path}, which is no FinetuneModule.")
     return kind.load_from_checkpoint(path).eval()
@@ -199,7 +206,7 @@ def _open_timm(path: Path, device: torch.device, temperature: float | None) -> T
     try:
         config = json.loads((path / "config.json").read_text())
         model: Any = timm.create_model(f"local-dir:{path}", pretrained=True).to(device).eval()
-    except (ValueError, RuntimeError, OSError, KeyError) as error:
+    except (ValueError, RuntimeError, OSError, KeyError, UnpicklingError) as error:
         raise CheckpointError(
             f"{path} cannot be read as a timm model: {error}. Expected config.json and model.safetensors, as export "
             "writes them."

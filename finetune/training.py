@@ -39,6 +39,7 @@ from finetune.report import write_report
 from finetune.runs import CHECKPOINTS, CONFIG, RESUMED_CONFIG, AtomicCheckpointIO, new_run, run_of
 from finetune.sample import BUILT_IN
 from finetune.tracking import Tracking, build_trackers, closing_if_it_fails, conclude, flat_options, parse_names
+from finetune.trusted_code import guarded_parser, require_all_trusted
 from finetune.usage import help_text
 from finetune.version import __version__
 from finetune.weight_sources import obtainable
@@ -66,7 +67,7 @@ def run(words: list[str], called: str | None = None, cli: type[FinetuneCLI] | No
     asked, words = words, _with_default_classes(resolve(words))
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)  # devices found, tips, where checkpoints were loaded from
-    with warnings.catch_warnings(), own_errors():
+    with warnings.catch_warnings(), own_errors(), guarded_parser():
         for message in _EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
         try:
@@ -173,6 +174,7 @@ class FinetuneCLI(LightningCLI):
         for kind in (L.LightningModule, L.LightningDataModule):
             self.parser.add_instantiator(instantiate, kind, subclasses=True)
         config = self.config[self.subcommand]
+        require_all_trusted(config.as_dict())  # where no class is expected, the parser leaves a class path as it is
         options = config.model.get("init_args") or {}
         self.resumes = Path(config.ckpt_path) if config.get("ckpt_path") else None
         several = plan_repeats(config) if self.subcommand == "fit" else None

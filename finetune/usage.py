@@ -38,6 +38,7 @@ def help_text(verb: str) -> str:
         "--ckpt_path", help="a run's folder, a checkpoint, or 'last': fit goes on with it, validate and test measure"
     )
     parser.add_argument("--track", help="where to follow the run: wandb, tensorboard, or both with a comma (docs/tracking.md)")
+    parser.add_argument("--trust", help="a package that the configuration may name classes of (docs/damaged_data.md)")
     parser.add_argument("--seed_everything", type=int, default=0, help="seed of all that is random but the split")
     parser.add_class_arguments(RunOptions, "run")
     parser.add_class_arguments(DistillDataModule if distills else FolderDataModule, "data")

@@ -109,6 +109,28 @@ def _add_predictor_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
 
 
+def _check(words: Sequence[str]) -> None:
+    parser = _Parser(
+        prog="resnet-finetune check",
+        description="Look for all that is wrong with a folder of pictures: files that cannot be read, equal pictures in "
+        "several classes or splits, names and links that mislead, classes with too few pictures.",
+        epilog="Exit code: 0 if nothing stops training, 1 if there are errors (with --strict, or warnings), 2 if the folder "
+        "could not be checked.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("root", metavar="folder", help="a folder of pictures, arranged as for fit --data.root")
+    parser.add_argument("--out", metavar="FILE", help="write all findings to a .json or .csv file")
+    parser.add_argument("--quick", action="store_true", help="read only headers and ends of files, as fit does by itself")
+    parser.add_argument("--strict", action="store_true", help="let warnings count as errors")
+    parser.add_argument("--workers", type=int, help="processes that read pictures (default: from the cores)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
+    options = parser.parse_args(words)
+    from finetune.check import check_to_terminal
+
+    if code := check_to_terminal(**vars(options)):
+        raise SystemExit(code)
+
+
 def _evaluate(words: Sequence[str]) -> None:
     parser = _Parser(
         prog="resnet-finetune evaluate",
@@ -199,6 +221,7 @@ class Verb(NamedTuple):
 
 
 VERBS: dict[str, Verb] = {
+    "check": Verb("look for all that is wrong with a folder of pictures", _check),
     "evaluate": Verb("measure a model on labelled pictures: metrics with intervals, per class, calibration", _evaluate),
     "predict": Verb("name the class of pictures: a model and a folder -> a table", _predict),
     "explain": Verb("draw where the model looked in pictures, and the training pictures it finds most alike", _explain),

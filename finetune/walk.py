@@ -9,10 +9,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from finetune.errors import DataError, did_you_mean
 from finetune.images import IMAGE_SUFFIXES
 
+UNREADABLE = "unreadable folder"
 _HIDDEN = frozenset({"__MACOSX", "@eaDir"})  # what archives of macOS and disks on the network leave behind
 
 
@@ -125,7 +127,22 @@ def subfolders(path: str, skipped: Counter[str]) -> tuple[list[str], int]:
     return names, pictures
 
 
-def walk(top: str, skipped: Counter[str], above: Iterable[tuple[int, int]] = ()) -> Iterator[str]:
+class Found(NamedTuple):
+    """Something below a folder.
+
+    Attributes:
+        path: Path from the folder.
+        kind: "picture", "folder", "folder again" (a link to one that was entered before, or to one above), "unreadable
+            folder", or the reason to leave a file out.
+        reason: Why a folder cannot be read.
+    """
+
+    path: str
+    kind: str
+    reason: str = ""
+
+
+def walk(top: str, skipped: Counter[str], above: Iterable[tuple[int, int]] = (), tolerant: bool = False) -> Iterator[str]:
     """Yield the pictures below a folder, as paths from it and in their order.
 
     Links are followed, but into no folder twice and not upwards.
@@ -134,30 +151,72 @@ def walk(top: str, skipped: Counter[str], above: Iterable[tuple[int, int]] = ())
         top: The folder.
         skipped: Counts what is left out, by the reason.
         above: Identities of folders not to go into.
+        tolerant: Leave out folders that cannot be read.
+
+    Raises:
+        DataError: If a folder cannot be read.
     """
-    seen = set(above) | {identity(top)}
-    waiting = [(iter(_entries(top)), "")]
+    for found in browse(top, above):
+        if found.kind == "picture":
+            yield found.path
+        elif found.kind == UNREADABLE and not tolerant:
+            raise _unreadable(os.path.join(top, found.path) if found.path else top, found.reason)
+        elif found.kind not in ("folder", "folder again"):
+            skipped[found.kind] += 1
+
+
+def browse(top: str, above: Iterable[tuple[int, int]] = ()) -> Iterator[Found]:
+    """Yield all that is below a folder in the order of paths, and go into each folder once; see `walk`."""
+    try:
+        seen = set(above) | {identity(top)}
+        waiting = [(iter(_listed(top)), "")]
+    except OSError as error:
+        yield Found("", UNREADABLE, error.strerror or str(error))
+        return
     while waiting:
         entries, prefix = waiting.pop()
         for entry in entries:
-            kind = _kind(entry)
-            if kind == "picture":
-                yield prefix + entry.name
-            elif kind != "folder":
-                skipped[kind] += 1
-            elif (found := identity(entry.path)) not in seen:
+            kind, path = _kind(entry), prefix + entry.name
+            if kind != "folder":
+                yield Found(path, kind)
+            elif (found := identity(entry.path)) in seen:
+                yield Found(path, "folder again")
+            else:
                 seen.add(found)
-                waiting += [(entries, prefix), (iter(_entries(entry.path)), f"{prefix}{entry.name}/")]
+                try:
+                    inside = _listed(entry.path)
+                except OSError as error:
+                    yield Found(path, UNREADABLE, error.strerror or str(error))
+                    continue
+                yield Found(path, kind)
+                waiting += [(entries, prefix), (iter(inside), f"{path}/")]
                 break
 
 
+def listing(path: str) -> Iterator[Found]:
+    """Yield what lies in one folder, in order, without going further.
+
+    Raises:
+        OSError: If it cannot be read.
+    """
+    yield from (Found(entry.name, _kind(entry)) for entry in _listed(path))
+
+
 def _entries(path: str) -> list[os.DirEntry[str]]:
-    """Return what is in a folder in the order of paths, in which a folder's name ends with a slash."""
     try:
-        with os.scandir(path) as entries:
-            return sorted(entries, key=lambda entry: order(entry.name + "/" * _is_folder(entry)))
+        return _listed(path)
     except OSError as error:
-        raise DataError(f"The folder {path} cannot be read: {error.strerror or error}. Check its permissions.") from error
+        raise _unreadable(path, error.strerror or str(error)) from error
+
+
+def _listed(path: str) -> list[os.DirEntry[str]]:
+    """Return what is in a folder in the order of paths, in which a folder's name ends with a slash."""
+    with os.scandir(path) as entries:
+        return sorted(entries, key=lambda entry: order(entry.name + "/" * _is_folder(entry)))
+
+
+def _unreadable(path: str, reason: str) -> DataError:
+    return DataError(f"The folder {path} cannot be read: {reason}. Check its permissions.")
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -176,7 +235,9 @@ def _kind(entry: os.DirEntry[str]) -> str:
             return "folder"
         if os.path.splitext(entry.name)[1].lower() not in IMAGE_SUFFIXES:
             return "not a picture"
-        return "picture" if entry.is_file() else "broken link"
+        if entry.is_file():
+            return "picture"
+        return "broken link" if entry.is_symlink() else "special file"  # a pipe or a device, which reading may wait for
     except OSError:  # a link to itself
         return "broken link"
 

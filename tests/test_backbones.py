@@ -83,8 +83,8 @@ def test_the_number_of_classes_goes_to_those_who_take_it():
     [
         ("./my_net.py", "it is not a dotted path"),
         (".Net", "it is not a dotted path"),
-        ("math.pi", r"'math' has no class or function 'pi'\.$"),
-        ("fractions.Fraction", "to return an nn.Module, found Fraction"),
+        ("numpy.pi", r"'numpy' has no class or function 'pi'\.$"),
+        ("numpy.ndarray", "to be an nn.Module class, or a function of yours that returns one"),
         ("resnet18.none", "could not be created"),
     ],
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import finetune
+from finetune.findings import KINDS, SEVERITIES
 from finetune.freezing import POLICIES, plan
 from finetune.main import main
 
@@ -107,3 +108,10 @@ def test_the_guide_to_what_comes_after_runs_as_written():
         main(words)
         ran.add(words[0])
     assert ran == {"predict", "evaluate", "explain", "export"}
+
+
+def test_the_guide_to_damaged_data_names_every_kind():
+    text = (ROOT / "docs" / "damaged_data.md").read_text()
+    assert set(re.findall(r"`([a-z]+(?:-[a-z]+)*)`", text)) >= set(KINDS)
+    for severity, part in zip(SEVERITIES, re.split(r"\nA (?:warning|note) is ", text.split("## In training")[0]), strict=True):
+        assert {kind for kind, each in KINDS.items() if each.severity == severity} <= set(re.findall(r"`([a-z-]+)`", part))

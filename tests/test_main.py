@@ -37,7 +37,7 @@ def test_help_names_every_verb_and_its_examples_name_no_other(capsys, words):
     said = capsys.readouterr().out
     verbs = re.findall(r"^  (\w+)  +\S", said.partition("verbs:")[2].partition("examples:")[0], re.MULTILINE)
     assert verbs == [
-        *("fit", "validate", "test", "distill", "evaluate", "predict", "explain", "export"),
+        *("fit", "validate", "test", "distill", "check", "evaluate", "predict", "explain", "export"),
         *("report", "stages", "weights", "recipes", "reuse"),
     ]
     assert set(re.findall(r"^  resnet-finetune (\w+)", said, re.MULTILINE)) <= set(verbs)
@@ -55,8 +55,8 @@ def test_the_script_of_a_checkout_is_the_command(tmp_path):
     assert (version.returncode, version.stdout) == (0, f"resnet-finetune {finetune.__version__}\n")
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr == (
-        "error: There is no verb 'recipe'. Did you mean 'recipes'? Expected one of: fit, validate, test, distill, evaluate, "
-        "predict, explain, export, report, stages, weights, recipes, reuse.\n"
+        "error: There is no verb 'recipe'. Did you mean 'recipes'? Expected one of: fit, validate, test, distill, check, "
+        "evaluate, predict, explain, export, report, stages, weights, recipes, reuse.\n"
     )
 
 
@@ -88,9 +88,11 @@ def test_a_damaged_picture_in_a_worker_is_one_message_too(tmp_path, capsys):
     for name in ("a", "b"):
         (tmp_path / "photos" / name).mkdir(parents=True)
         for number in range(6):
-            Image.new("RGB", (8, 8)).save(tmp_path / "photos" / name / f"{number}.png")
+            Image.effect_noise((32, 32), 99).save(tmp_path / "photos" / name / f"{number}.png")
     for file in (tmp_path / "photos" / "a").iterdir():
-        file.write_bytes(b"no picture")
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 0xFF  # which the look before training does not see
+        file.write_bytes(data)
     options = [
         "--model.backbone",
         "test_resnet",
@@ -102,7 +104,7 @@ def test_a_damaged_picture_in_a_worker_is_one_message_too(tmp_path, capsys):
         "2",
     ]
     said = fails(["fit", "--data.root", "photos", "--data.workers", "1", *options], capsys)
-    assert re.fullmatch(r"error: \S*photos/a/\d\.png is not a picture in a known format: .*\n", said), said
+    assert re.fullmatch(r"error: \S*photos/a/\d\.png cannot be read as a picture: .*\n", said), said
 
 
 def test_stages_of_a_network_of_the_working_folder(tmp_path, capsys):

@@ -207,7 +207,8 @@ class Theirs(L.LightningDataModule):
         (["--data", "theirs_data.Theirs", "--data.batch_size", "9"], "9 mine 0.5"),
     ],
 )
-def test_another_class_has_its_own_defaults(tmp_path, words, made):
+def test_another_class_has_its_own_defaults(tmp_path, monkeypatch, words, made):
+    monkeypatch.delitem(sys.modules, "theirs_data", raising=False)  # of another working folder
     (tmp_path / "theirs_data.py").write_text(THEIRS)
     (tmp_path / "theirs.yaml").write_text("data:\n  class_path: theirs_data.Theirs\n  init_args:\n    val_fraction: 0.25\n")
     with pytest.raises(SystemExit, match=f"^made with {made}$"):
