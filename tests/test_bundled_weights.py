@@ -166,7 +166,7 @@ def test_weights_of_a_run_keep_the_input_that_the_run_started_with(bundled, tmp_
     made = module()
     monkeypatch.chdir(tmp_path)
     few = ["--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "1", "--data.workers", "0"]
-    main(["fit", "--model.backbone", "test_resnet", "--trainer.max_epochs", "1", *few])
+    main(["fit", "--model", "finetune.FinetuneModule", "--model.backbone", "test_resnet", "--trainer.max_epochs", "1", *few])
     (checkpoint,) = tmp_path.glob("runs/run/*/checkpoints/last.ckpt")
     again = module(weights=checkpoint)
     assert again.weights_report.source == "checkpoint"

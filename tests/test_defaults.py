@@ -20,7 +20,20 @@ def test_a_run_without_options_is_configured_by_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     small = ["--model.backbone", "test_resnet", "--model.weights", "none", "--data.workers", "0"]
-    main(["fit", *small, "--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "1", "--trainer.max_epochs", "1"])
+    main(
+        [
+            "fit",
+            "--model",
+            "finetune.FinetuneModule",
+            *small,
+            "--trainer.limit_train_batches",
+            "1",
+            "--trainer.limit_val_batches",
+            "1",
+            "--trainer.max_epochs",
+            "1",
+        ]
+    )
     (run,) = tmp_path.glob("runs/run/*")
     config = yaml.safe_load((run / "config.yaml").read_text())
     expected = trainer_defaults() | {"max_epochs": 1}

@@ -388,7 +388,18 @@ def test_a_file_with_nan_is_named_by_the_command(tmp_path, monkeypatch, capsys):
 
 # -- the command --------------------------------------------------------------------------------------------------------------
 
-TINY = ["--model.backbone", "test_resnet", "--model.weights", "none", "--data.workers", "0", "--data.batch_size", "64"]
+TINY = [
+    "--model",
+    "finetune.FinetuneModule",
+    "--model.backbone",
+    "test_resnet",
+    "--model.weights",
+    "none",
+    "--data.workers",
+    "0",
+    "--data.batch_size",
+    "64",
+]
 
 
 def test_the_command_measures_unless_told_not_to(tmp_path, monkeypatch, capsys):
@@ -426,6 +437,7 @@ def test_of_two_processes_one_measures(tmp_path):
         sys.executable,
         str(script),
         "fit",
+        *["--model", "finetune.FinetuneModule"],
         *options,
         "--trainer.limit_train_batches",
         "5",

@@ -55,8 +55,8 @@ def test_the_script_of_a_checkout_is_the_command(tmp_path):
     assert (version.returncode, version.stdout) == (0, f"resnet-finetune {finetune.__version__}\n")
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr == (
-        "error: There is no verb 'recipe'. Did you mean 'recipes'? Expected one of: fit, validate, test, distill, check, "
-        "evaluate, predict, explain, export, report, stages, weights, recipes, reuse.\n"
+        "error: There is no verb 'recipe'. Did you mean 'recipes'? Expected one of: fit, validate, test, lr-find, distill, "
+        "check, evaluate, predict, explain, export, report, stages, weights, recipes, reuse.\n"
     )
 
 

@@ -21,6 +21,7 @@ pty, fcntl, termios = (pytest.importorskip(name) for name in ("pty", "fcntl", "t
 
 COMMAND = [sys.executable, "-c", "from finetune.main import main; main()", "fit"]
 OPTIONS = [
+    *["--model", "finetune.FinetuneModule"],
     *["--model.backbone", "test_resnet", "--model.weights", "none", "--model.freezing", "lp_ft:1", "--data.workers", "0"],
     *["--data.batch_size", "16", "--data.image_size", "64", "--trainer.max_epochs", "2", "--trainer.limit_train_batches", "12"],
 ]

@@ -14,7 +14,18 @@ from PIL import Image
 from finetune.main import main
 from finetune.sample import digits_folder
 
-TINY = ["--model.backbone", "test_resnet", "--model.weights", "none", "--data.workers", "0", "--data.batch_size", "64"]
+TINY = [
+    "--model",
+    "finetune.FinetuneModule",
+    "--model.backbone",
+    "test_resnet",
+    "--model.weights",
+    "none",
+    "--data.workers",
+    "0",
+    "--data.batch_size",
+    "64",
+]
 pytestmark = pytest.mark.filterwarnings("ignore:.*no pretrained weights.*")
 
 
@@ -212,7 +223,7 @@ def test_another_class_has_its_own_defaults(tmp_path, monkeypatch, words, made):
     (tmp_path / "theirs_data.py").write_text(THEIRS)
     (tmp_path / "theirs.yaml").write_text("data:\n  class_path: theirs_data.Theirs\n  init_args:\n    val_fraction: 0.25\n")
     with pytest.raises(SystemExit, match=f"^made with {made}$"):
-        main(["fit", *words, *TINY[:4]])
+        main(["fit", *words, *TINY[:6]])
 
 
 @pytest.mark.parametrize(
@@ -236,7 +247,7 @@ def test_another_class_has_its_own_defaults(tmp_path, monkeypatch, words, made):
         (["fit", "--model.schedule", "cosin"], "Did you mean 'cosine'?"),
         (["fit", "--data.augment", "lite"], "Did you mean 'light'?"),
         (["fit", "--data.root", "photoz"], "Did you mean 'photos'?"),
-        (["fit", *TINY[:2], "--model.weights", "weigths.pth"], "Did you mean 'weights.pth'?"),
+        (["fit", *TINY[:4], "--model.weights", "weigths.pth"], "Did you mean 'weights.pth'?"),
         (["fit", "--ckpt_path", "last"], "no run with a checkpoint"),
         (["test"], "What shall be measured?"),
         (["fit", *TINY, "--trainer.strategy", "dpp"], "The trainer cannot be made"),
