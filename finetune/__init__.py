@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from finetune.errors import ConfigError as ConfigError
     from finetune.errors import DataError as DataError
     from finetune.errors import FinetuneError as FinetuneError
+    from finetune.errors import TrainingError as TrainingError
     from finetune.errors import WeightsError as WeightsError
     from finetune.freezing import Phase as Phase
     from finetune.freezing import plan as plan
@@ -49,6 +50,7 @@ _HOME = {
     "Predictor": "predictor",
     "RunRecord": "record",
     "Stage": "stages",
+    "TrainingError": "errors",
     "WeightsError": "errors",
     "plan": "freezing",
     "read_record": "record",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from finetune.errors import ConfigError
 from finetune.recipe_files import find_recipe
@@ -26,7 +29,7 @@ def resolve(words: Sequence[str]) -> list[str]:
     """
     given, rest = _take(words)
     configs = [find_recipe(name) for name in given["--config"]]
-    folder = given["--run.folder"][-1:] or ["runs"]
+    folder = given["--run.folder"][-1:] or [str(option_of(configs, "run", "folder") or "runs")]
     resolved = [*rest[:1], *(word for path in configs for word in ("--config", str(path)))]
     name = configs[-1].stem if configs else None
     wanted = given["--ckpt_path"][-1:]
@@ -44,6 +47,25 @@ def resolve(words: Sequence[str]) -> list[str]:
     if given["--track"]:
         resolved += ["--run.track", ",".join(given["--track"])]
     return [*resolved, *rest[1:]]
+
+
+def option_of(configs: Sequence[Path], *keys: str) -> Any:
+    """Return an option that configuration files give, the last of them first; None if none does.
+
+    Args:
+        configs: The files.
+        *keys: Its place, from outside to inside.
+    """
+    for path in reversed(configs):
+        try:
+            found: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            continue  # the parser will say what is wrong with it
+        for key in keys:
+            found = found.get(key) if isinstance(found, dict) else None
+        if found is not None:
+            return found
+    return None
 
 
 def _take(words: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import CheckpointError, WeightsError, did_you_mean
+from finetune.formats import FORMAT, upgrade
+from finetune.formats import KEY as KEY
+from finetune.randomness import global_seed
 from finetune.transforms import InputSpec
 from finetune.version import __version__
 from finetune.weight_files import read_file
@@ -18,8 +21,6 @@ from finetune.weight_report import Report
 if TYPE_CHECKING:
     from finetune.module import FinetuneModule
 
-KEY = "finetune"
-FORMAT = 1
 _FREE_TO_CHANGE = {"weights", "partial_weights", "memory_format", "class_names", "compile"}  # a resumed run goes on as it would
 
 
@@ -32,27 +33,34 @@ def stamp(checkpoint: dict[str, Any], module: FinetuneModule) -> None:
         "class_names": module.class_names,
         "input": plain(asdict(module.input_spec)),
         "weights": module.weights_report.as_dict(),
+        "run": run_facts(module._trainer),
     }
     for key in ("hyper_parameters", "datamodule_hyper_parameters"):
         if key in checkpoint:
             checkpoint[key] = plain(checkpoint[key])
 
 
-def adopt(checkpoint: Mapping[str, Any], module: FinetuneModule) -> None:
+def run_facts(trainer: Any) -> dict[str, int]:
+    """Return what an exact resume depends on beside the options of model and data.
+
+    Args:
+        trainer: The trainer, or None.
+    """
+    if trainer is None:
+        return {}
+    return {"seed": global_seed(), "processes": trainer.world_size, "accumulate_grad_batches": trainer.accumulate_grad_batches}
+
+
+def adopt(checkpoint: dict[str, Any], module: FinetuneModule) -> None:
     """Take over what `stamp` wrote.
 
     Raises:
         CheckpointError: If the checkpoint is of a newer format, has other classes than the data, or contradicts the options of
             the run that it is to continue.
     """
-    stamped = checkpoint.get(KEY)
+    stamped = upgrade(checkpoint).get(KEY)
     if stamped is None:
         return
-    if stamped["format"] > FORMAT:
-        raise CheckpointError(
-            f"The checkpoint has format {stamped['format']} (written by version {stamped['version']}), this is version "
-            f"{__version__} and reads up to {FORMAT}. Update with: pip install -U resnet-finetune"
-        )
     refuse_other_classes(checkpoint, module)
     names, mine = stamped["class_names"], module.class_names
     trainer = module._trainer
@@ -117,7 +125,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(str(error)) from error
     if "state_dict" not in checkpoint:
         raise CheckpointError(f"{path} is no checkpoint: it lacks the entry 'state_dict'.")
-    return checkpoint
+    return upgrade(checkpoint)
 
 
 def read_own(path: str | os.PathLike[str]) -> dict[str, Any]:

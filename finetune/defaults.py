@@ -31,6 +31,8 @@ class RunOptions:
         tags: Tags of the run in W&B, such as [frozen, first].
         offline: Keep the W&B run on this machine, to be sent later with `wandb sync`.
         artifact: Keep the best checkpoint in W&B, too.
+        save_every_minutes: Write last.ckpt also within an epoch, so many minutes after the one before; only at its end if null.
+        on_nonfinite: What to do about a training loss that is not finite: stop, or skip the step.
         gradients_every: Measure gradients and weights stage by stage every so many steps (gradients.csv); 0 turns it off.
     """
 
@@ -49,11 +51,15 @@ class RunOptions:
     tags: list[str] | None = None
     offline: bool = False
     artifact: bool = False
+    save_every_minutes: float | None = 15.0
+    on_nonfinite: Literal["stop", "skip"] = "stop"
     gradients_every: int = 50
 
     def __post_init__(self) -> None:
         if self.gradients_every < 0:
             raise ConfigError(f"Expected run.gradients_every to be 0 (off) or more, found {self.gradients_every}.")
+        if self.save_every_minutes is not None and self.save_every_minutes < 0:
+            raise ConfigError(f"Expected run.save_every_minutes to be 0 or more, or null, found {self.save_every_minutes}.")
         if self.soup is not None and self.soup < 2:
             raise ConfigError(f"Expected run.soup to be at least 2 epochs, found {self.soup}.")
         if self.seeds < 1:

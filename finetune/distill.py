@@ -118,9 +118,7 @@ class DistillModule(FinetuneModule):
     def _step(self, batch: Any, split: str) -> dict[str, Tensor]:
         target = batch["target"]
         loss = self.distance(features_in(self, batch["image"], target.shape[-1]), target)
-        self.log(
-            f"{split}/loss", loss, on_step=False, on_epoch=True, batch_size=len(batch["index"]), prog_bar=True, sync_dist=True
-        )
+        self._log_loss(split, loss, len(batch["index"]), prog_bar=True)
         return {"loss": loss}
 
     def _log_metrics(self, split: str) -> None:
@@ -130,7 +128,7 @@ class DistillModule(FinetuneModule):
     def on_fit_end(self) -> None:
         """Write the student of the best checkpoint as weights for others, with a card, into the run's folder."""
         kept: Any = self.trainer.checkpoint_callbacks
-        chosen = next((callback for callback in kept if callback.best_model_path), None)
+        chosen = next((callback for callback in kept if getattr(callback, "best_model_path", None)), None)
         if chosen is None:
             return
         best = chosen.best_model_path

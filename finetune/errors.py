@@ -7,7 +7,8 @@ The command prints the message without a traceback.
     ├── ConfigError        an option, or a combination of options, that cannot work
     ├── DataError          a folder or a picture
     ├── WeightsError       weights that are missing, do not fit or cannot be read safely
-    └── CheckpointError    a checkpoint that is missing, unreadable or contradicts the options
+    ├── CheckpointError    a checkpoint that is missing, unreadable, cannot be written, or contradicts the options
+    └── TrainingError      training that cannot go on, such as a loss that is not finite
 """
 
 from __future__ import annotations
@@ -33,7 +34,11 @@ class WeightsError(FinetuneError):
 
 
 class CheckpointError(FinetuneError):
-    """A checkpoint that is missing, unreadable or contradicts the options."""
+    """A checkpoint that is missing, unreadable, cannot be written, or contradicts the options."""
+
+
+class TrainingError(FinetuneError):
+    """Training that cannot go on, such as a loss that is not finite."""
 
 
 def own_error(error: BaseException | None) -> FinetuneError | None:

@@ -33,13 +33,13 @@ def _cpu_has(check: str) -> bool:
     return bool(probe()) if callable(probe) else False
 
 
-def device_count(devices: int | str | Sequence[int]) -> int:
-    """Return how many processes the Trainer's `devices` will start."""
+def device_count(devices: int | str | Sequence[int], accelerator: str = "auto") -> int:
+    """Return how many processes the Trainer's `devices` will start on an accelerator."""
     if isinstance(devices, Sequence) and not isinstance(devices, str):
         return len(devices)
     text = str(devices)
     if text in ("auto", "-1"):
-        return max(1, torch.cuda.device_count())
+        return max(1, torch.cuda.device_count()) if accelerator in ("auto", "gpu", "cuda") else 1
     return int(text) if text.isdigit() else sum(1 for index in text.split(",") if index.strip())  # "0," is one device
 
 

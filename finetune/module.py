@@ -24,7 +24,7 @@ from finetune.errors import DataError
 from finetune.freezing import Phase, phase_at, plan
 from finetune.head_start import HeadInit, start_head
 from finetune.losses import ClassWeights
-from finetune.metrics import build_metrics
+from finetune.metrics import MeanLoss, build_metrics
 from finetune.objective import Objective
 from finetune.optim import LearningRateRule, StageRates, build_groups, build_optimizer, effective_batch, lr_factor
 from finetune.options import check_options
@@ -33,6 +33,7 @@ from finetune.reuse import Kept
 from finetune.schedules import ScheduleName
 from finetune.staged import StagedModule
 from finetune.stages import HEAD, split_head
+from finetune.strategies import require_searching
 from finetune.timetable import Timetable, build_timetable, run_length
 from finetune.transforms import InputSpec
 from finetune.trusted_code import guarding
@@ -174,6 +175,7 @@ class FinetuneModule(StagedModule):
         self.metrics = nn.ModuleDict(
             {f"{split}_metrics": build_metrics(split, num_classes) for split in ("train", "val", "test")}
         )
+        self.losses = nn.ModuleDict({f"{split}_loss": MeanLoss(split == "train") for split in ("train", "val", "test")})
         for name in ("mean", "std"):
             self.register_buffer(name, torch.empty(1, 3, 1, 1), persistent=False)
         said = self.weights_report.input
@@ -236,8 +238,13 @@ class FinetuneModule(StagedModule):
         if split == "train":
             loss = loss + self.objective.pull(self)
         self._metrics_of(split).update(logits.detach(), labels)
-        self.log(f"{split}/loss", loss, on_step=False, on_epoch=True, batch_size=len(labels), sync_dist=True)
+        self._log_loss(split, loss, len(labels))
         return {"loss": loss, "logits": logits.detach(), "labels": labels}
+
+    def _log_loss(self, split: str, loss: Tensor, number: int, **options: Any) -> None:
+        mean = self.losses[f"{split}_loss"]
+        mean.update(loss.detach(), number)  # type: ignore[operator]
+        self.log(f"{split}/loss", mean, on_step=False, on_epoch=True, batch_size=number, **options)  # type: ignore[arg-type]
 
     def _metrics_of(self, split: str) -> MetricCollection:
         metrics = self.metrics[f"{split}_metrics"]
@@ -288,6 +295,10 @@ class FinetuneModule(StagedModule):
             if self.hparams["compile"]:
                 self.backbone.compile(backend=self.hparams["compile"])
             phases = plan(self.hparams["freezing"], self.stage_names, run_length(self.trainer))
+            if self.has_unused_parameters:
+                require_searching(
+                    self.trainer, f"With model.freezing {self.hparams['freezing']} not everything trains all the time"
+                )
             self._phase = self._hashed = None
             self.train()
             everything = Phase(tuple(self.stage_names), False, 0, 1)

@@ -6,6 +6,8 @@ import contextlib
 import csv
 import itertools
 import os
+import shlex
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers.csv_logs import CSVLogger, ExperimentWriter
 
 from finetune.errors import CheckpointError, ConfigError, did_you_mean
+from finetune.room import disk_error, tensor_bytes, unwritable
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
@@ -24,20 +27,29 @@ RESUMED_CONFIG = "config.resumed.yaml"  # of the last resume, which may have pro
 _SHARED = "RESNET_FINETUNE_RUN"  # how the first process tells those that it starts
 
 
-def new_run(root: Path, name: str) -> Path:
+def new_run(root: Path, name: str, job: Path | None = None) -> Path:
     """Make the folder of a new run; two runs that start in the same second get two folders.
+
+    Only the first of several processes makes one. The others learn of it when training begins; until then they have a path that
+    is never made.
+
+    Args:
+        root: Where runs are kept.
+        name: Name of the run.
+        job: The folder in place of one that is named by the time.
 
     Raises:
         ConfigError: If the folder cannot be made.
     """
-    if getattr(rank_zero_only, "rank", 0) != 0 and _SHARED in os.environ:
-        return Path(os.environ[_SHARED])
     time = datetime.now().astimezone().strftime("%Y-%m-%d_%H-%M-%S")
+    wanted = job or root / name / time
+    if getattr(rank_zero_only, "rank", 0) != 0:
+        return Path(os.environ.get(_SHARED) or job or root / name / "of the first process")
     try:
-        (root / name).mkdir(parents=True, exist_ok=True)
-        run = _first_free(root / name / time)
+        wanted.parent.mkdir(parents=True, exist_ok=True)
+        run = _first_free(wanted)
     except OSError as error:
-        reason = f"The run's folder {root / name / time} cannot be made: {error.strerror}."
+        reason = f"The run's folder {wanted} cannot be made: {error.strerror}."
         raise ConfigError(f"{reason} Choose another with --run.folder.") from error
     os.environ[_SHARED] = str(run)
     return run
@@ -89,6 +101,8 @@ def find_checkpoint(what: str, root: Path, name: str | None = None, prefer: str 
 
 def run_of(checkpoint: Path) -> Path | None:
     """Return the run's folder that a checkpoint lies in, or None if it lies elsewhere."""
+    if checkpoint.name.startswith("hpc_ckpt_"):  # Lightning's, of a job of SLURM that was requeued
+        return checkpoint.parent
     return checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS else None
 
 
@@ -139,6 +153,22 @@ class RunLogger(CSVLogger):
             self._experiment = _Writer(self.log_dir, self._until)
         return self._experiment
 
+    def complete(self, row: Mapping[str, float]) -> None:
+        """Write a row unless it is there: the one that a kill may have left out behind a checkpoint.
+
+        Args:
+            row: Metrics, with `step`.
+        """
+        self.experiment  # noqa: B018  # it drops what will be done again
+        file, step, names = Path(self.log_dir, "metrics.csv"), int(row["step"]), set(row) - {"step", "epoch"}
+        there = []
+        if file.is_file():
+            with file.open(newline="") as handle:
+                there = [line for line in csv.DictReader(handle) if line["step"] == str(step)]
+        if names and not any(all(line.get(name) for name in names) for line in there):
+            self.log_metrics({**row, "epoch": int(row["epoch"])}, step=step)
+            self.save()
+
 
 class _Writer(ExperimentWriter):
     def __init__(self, log_dir: str, until: int | None) -> None:
@@ -161,6 +191,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             checkpoint: What to save.
             path: Where to.
             storage_options: Must be None.
+
+        Raises:
+            CheckpointError: If the disk is full, or cannot be written to.
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -171,5 +204,20 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 handle.flush()
                 os.fsync(handle.fileno())
             os.replace(partial, path)
+        except (OSError, RuntimeError) as error:
+            if disk_error(error) is None:
+                raise
+            partial.unlink(missing_ok=True)  # so that the message counts what it took
+            kept = "The one before it is as it was: " if path.is_file() else ""
+            raise CheckpointError(
+                f"{unwritable(path.parent, error, tensor_bytes(checkpoint))} {kept}{_how_to_go_on(path)}"
+            ) from error
         finally:
             partial.unlink(missing_ok=True)
+
+
+def _how_to_go_on(path: Path) -> str:
+    run = run_of(path)
+    if run is None or not path.with_name("last.ckpt").is_file():
+        return "Make room, and start again."
+    return f"make room, then go on with: resnet-finetune fit --ckpt_path {shlex.quote(os.path.relpath(run))}"

@@ -15,12 +15,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from finetune.boundaries import Boundaries
 from finetune.errors import DataError
 from finetune.fold import folded
-from finetune.freezing import Phase, frozen_line, hold_frozen, set_trainable
+from finetune.freezing import Phase, frozen_line, hold_frozen, plan, set_trainable
 from finetune.reuse import Kept, weights_hash
 from finetune.stages import HEAD, Stage, norm_parameters
 from finetune.transforms import InputSpec
 
 _Own = TypeVar("_Own", bound="StagedModule")
+_MANY = 10_000  # epochs, so that no phase lacks room
 _DUMMY = 64  # pixels of the blank picture that passes the stages below a cut
 
 
@@ -121,6 +122,15 @@ class StagedModule(L.LightningModule):
             if name not in placed:
                 members.setdefault(name.partition(".")[0], []).append(name)
         return members
+
+    @property
+    def has_unused_parameters(self) -> bool:
+        """Whether parameters that train have no gradient in some steps, as those of stages that thaw later.
+
+        Several processes then have to look for them in every step. A subclass whose forward pass goes different ways, or whose
+        loss leaves a part out at times, returns True.
+        """
+        return len(plan(self.hparams["freezing"], self.stage_names, _MANY)) > 1
 
     @property
     def never_trained(self) -> frozenset[str]:

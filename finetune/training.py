@@ -20,24 +20,31 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from tabulate import tabulate
 
-from finetune import checkpoints, hardware, progress
+from finetune import checkpoints, hardware, progress, slurm
 from finetune.arguments import resolve
 from finetune.augmented import AugmentedPictures
 from finetune.averaging import AVERAGED, BestEpochs, PhaseEMA
 from finetune.callbacks import EpochLine, PhaseEarlyStopping
 from finetune.defaults import RunOptions, trainer_defaults
-from finetune.errors import ConfigError, FinetuneError
+from finetune.errors import CheckpointError, ConfigError, FinetuneError
 from finetune.explain import draw_mistakes
 from finetune.gradient_flow import GradientFlow
 from finetune.keep_outcomes import KeepOutcomes
 from finetune.module import FinetuneModule
+from finetune.nonfinite import NonFiniteLoss
 from finetune.parser import Parser, instantiate, own_errors
 from finetune.recipe_choice import choose_recipe
 from finetune.record import RunRecord, read_record
 from finetune.repeats import Repeated, plan_repeats, repeat
 from finetune.report import write_report
+from finetune.resuming import compare_data, compare_run, progress_text, resolve_checkpoint, warning_of_older
+from finetune.resuming import progress as progress_of
+from finetune.room import is_full, unwritable
 from finetune.runs import CHECKPOINTS, CONFIG, RESUMED_CONFIG, AtomicCheckpointIO, new_run, run_of
 from finetune.sample import BUILT_IN
+from finetune.saving import LastCheckpoint
+from finetune.stopping import code_of, how_to_go_on, stop_signal
+from finetune.strategies import choose_strategy, processes_of
 from finetune.tracking import Tracking, build_trackers, closing_if_it_fails, conclude, flat_options, parse_names
 from finetune.trusted_code import guarded_parser, require_all_trusted
 from finetune.usage import help_text
@@ -89,6 +96,8 @@ def run(words: list[str], called: str | None = None, cli: type[FinetuneCLI] | No
             )
         except Repeated as several:
             repeat(asked, several.plan)
+        except (KeyboardInterrupt, SystemExit) as stop:
+            raise SystemExit(code_of(stop)) from None  # that of a shell where a signal ended it
 
 
 def _with_default_classes(words: list[str]) -> list[str]:
@@ -147,6 +156,7 @@ class FinetuneCLI(LightningCLI):
         self.typed, self.command = typed, command
         self.best: ModelCheckpoint | None = None
         self.epochs: BestEpochs | None = None
+        self.last: LastCheckpoint | None = None
         self.tracking: Tracking | None = None
         self._given_weights: str | None = None
         super().__init__(*args, **kwargs)
@@ -176,7 +186,8 @@ class FinetuneCLI(LightningCLI):
         config = self.config[self.subcommand]
         require_all_trusted(config.as_dict())  # where no class is expected, the parser leaves a class path as it is
         options = config.model.get("init_args") or {}
-        self.resumes = Path(config.ckpt_path) if config.get("ckpt_path") else None
+        self.resumes = self._checkpoint_of(config)
+        self._asked_classes = options.get("num_classes") if self.resumes is None else None
         several = plan_repeats(config) if self.subcommand == "fit" else None
         if several is not None:
             raise Repeated(several)
@@ -195,14 +206,30 @@ class FinetuneCLI(LightningCLI):
         elif options["weights"] == "auto" and root in BUILT_IN and not obtainable(options["backbone"]):
             self._start_random(config.model.init_args, config.data.get("init_args") or {})
 
+    def _checkpoint_of(self, config: Any) -> Path | None:
+        """Return the checkpoint to start from: the one that is asked for, or that of a job which was requeued."""
+        if config.get("ckpt_path"):
+            found = resolve_checkpoint(config.ckpt_path, config.run, str(self.subcommand))
+        elif self.subcommand == "fit" and (again := slurm.requeued_checkpoint(self._job_folder(config.run))):
+            found = again
+        else:
+            return None
+        config.ckpt_path = str(found)
+        return found
+
+    def _job_folder(self, options: Any) -> Path | None:
+        return slurm.job_folder(Path(options.folder) / (options.name or "run"), self.command)
+
     def _look_into(self, checkpoint: Path, config: Any) -> None:
         """Read a checkpoint before anything is built or written, and say what will be continued."""
         inside = checkpoints.read(checkpoint)
-        self.done_steps, done = int(inside["global_step"]), int(inside["epoch"]) + 1
+        self.done_steps, done = int(inside["global_step"]), progress_of(inside)[0]
         self.averaged = AVERAGED in inside
-        self.stored = {key: inside.get(key) for key in ("hyper_parameters", checkpoints.KEY)}
+        self.stored = {key: inside.get(key) for key in ("hyper_parameters", "datamodule_hyper_parameters", checkpoints.KEY)}
         if self.subcommand == "fit":
-            rank_zero_print(f"Resuming {_relative(checkpoint)}: {done} epochs are done.")
+            rank_zero_print(f"Resuming {_relative(checkpoint)}: {progress_text(inside)}.")
+            if older := warning_of_older(checkpoint, inside):
+                rank_zero_print(older)
             if 0 < (config.trainer.max_epochs or -1) <= done:
                 rank_zero_print(f"Nothing is left to train; --trainer.max_epochs above {done} would go on.")
 
@@ -228,11 +255,20 @@ class FinetuneCLI(LightningCLI):
             "*** what the recipe freezes. For your own pictures give weights: --model.weights FILE (docs/weights.md)\n"
         )
 
+    def _compare_classes(self) -> None:
+        """Refuse a number of classes that is not that of the data, which takes its place."""
+        asked, found = self._asked_classes, getattr(self.model, "hparams", {}).get("num_classes")
+        if asked is not None and found is not None and asked != found:
+            raise ConfigError(
+                f"model.num_classes is {asked}, but the data has {found} classes. The number comes from the data: leave it out."
+            )
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Build the trainer with the run's folder, its loggers and its checkpoints."""
         config = {**self._get(self.config_init, "trainer"), **kwargs}
         options = self._get(self.config_init, "run")
         self.run_folder: Path | None = None
+        self._compare_classes()
         if self.resumes is not None and self.subcommand == "fit" and self.averaged != (options.ema is not None):
             raise ConfigError(
                 f"The checkpoint was written {'with' if self.averaged else 'without'} run.ema, and now it is "
@@ -241,7 +277,7 @@ class FinetuneCLI(LightningCLI):
             )
         parse_names(options.track)  # before there is a folder
         self._warn_of_emulation(config["precision"])
-        config["strategy"] = self._strategy(config)
+        config["strategy"] = choose_strategy(config["strategy"], self.model, processes_of(config))
         if config["enable_progress_bar"] is None:
             config["enable_progress_bar"] = progress.wanted()
         given = config["callbacks"] if isinstance(config["callbacks"], list) else [config["callbacks"]]
@@ -267,7 +303,7 @@ class FinetuneCLI(LightningCLI):
 
     def _run_folder(self, options: RunOptions) -> Path:
         home = run_of(self.resumes) if self.resumes is not None else None
-        return home or new_run(Path(options.folder), options.name or "run")
+        return home or new_run(Path(options.folder), options.name or "run", self._job_folder(options))
 
     def _loggers(self, given: Any, options: RunOptions, run_folder: Path) -> Any:
         if given is False:
@@ -285,10 +321,13 @@ class FinetuneCLI(LightningCLI):
             where: dict[str, Any] = {"dirpath": run_folder / CHECKPOINTS, "save_on_train_epoch_end": True}
             where["enable_version_counter"] = False
             self.best = ModelCheckpoint(filename="best", monitor=options.monitor, mode=mode, **where)
-            callbacks += [KeepOutcomes(run_folder, self.best), self.best, ModelCheckpoint(filename="last", **where)]
+            callbacks += [KeepOutcomes(run_folder, self.best), self.best]
             if options.soup is not None:
                 self.epochs = BestEpochs(run_folder / CHECKPOINTS, options.soup, options.monitor, mode)
                 callbacks.append(self.epochs)
+            self.last = LastCheckpoint(run_folder / CHECKPOINTS, options.save_every_minutes, beside=1 + (options.soup or 0))
+            callbacks.append(self.last)  # it keeps what the others remember
+        callbacks.append(NonFiniteLoss(options.on_nonfinite))
         if options.ema is not None:
             callbacks.append(PhaseEMA(options.ema))
         if options.patience is not None:
@@ -296,15 +335,6 @@ class FinetuneCLI(LightningCLI):
         if options.gradients_every:
             callbacks.append(GradientFlow(run_folder, options.gradients_every))
         return callbacks
-
-    def _strategy(self, config: dict[str, Any]) -> Any:
-        """Several processes must look for unused parameters where stages thaw during the run, and only there."""
-        policy = getattr(self.model, "hparams", {}).get("freezing", "full")
-        thaws = not isinstance(policy, str) or policy.partition(":")[0] in ("gradual", "lp_ft")
-        several = hardware.device_count(config["devices"]) * int(config["num_nodes"]) > 1
-        if config["strategy"] == "auto" and several and thaws:
-            return "ddp_find_unused_parameters_true"
-        return config["strategy"]
 
     @staticmethod
     def _warn_of_emulation(precision: Any) -> None:
@@ -318,6 +348,9 @@ class FinetuneCLI(LightningCLI):
         if self.resumes is not None and isinstance(self.model, FinetuneModule):
             checkpoints.refuse_other_classes(self.stored, self.model)
             checkpoints.refuse_other_options(self.stored["hyper_parameters"] or {}, self.model.hparams)
+            facts = checkpoints.run_facts(self.trainer)
+            for warning in filter(None, (compare_data(self.stored, self.datamodule), compare_run(self.stored, facts))):
+                rank_zero_print(warning)
         if self.tracking is not None:
             self.tracking.config = flat_options(self.config[self.subcommand].as_dict(), self.model)
         self._began = time.perf_counter()
@@ -326,14 +359,24 @@ class FinetuneCLI(LightningCLI):
                 self.trainer.fit(**kwargs)
         except MisconfigurationException as error:
             raise ConfigError(str(error)) from error
-        except (KeyboardInterrupt, SystemExit):
-            last = None if self.run_folder is None else self.run_folder / CHECKPOINTS / "last.ckpt"
-            if last is not None and last.is_file():
-                run = shlex.quote(str(_relative(last.parent.parent)))
-                rank_zero_print(f"\nStopped. To go on from the last whole epoch: resnet-finetune fit --ckpt_path {run}")
-            else:
-                rank_zero_print("\nStopped before the first epoch was done: there is no checkpoint to go on from.")
+        except BaseException as error:
+            self._stopped(error)
             raise
+        finally:
+            if self.last is not None:
+                self.last.interrupts.forget()
+        if self.run_folder is not None:  # which the first process chose
+            self.run_folder = Path(self.trainer.strategy.broadcast(str(self.run_folder)))
+
+    def _stopped(self, error: BaseException) -> None:
+        """Say how to go on after a signal, and what to do about a full disk; other errors are left to the caller."""
+        asked = self.last.interrupts.asked if self.last is not None else None
+        run = None if self.run_folder is None else _relative(self.run_folder)
+        if stop_signal(error) or (asked and not isinstance(error, FinetuneError)):
+            rank_zero_print(how_to_go_on(run))
+            raise SystemExit(code_of(error, asked)) from None
+        if run is not None and is_full(error) and not isinstance(error, FinetuneError):
+            raise CheckpointError(f"{unwritable(run, error, 0)}{how_to_go_on(run)}") from error
 
     def after_fit(self) -> None:
         """Measure the best checkpoint, and let those that follow the run know what came out."""

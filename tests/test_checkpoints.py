@@ -94,10 +94,10 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["zip", "old"])
 def test_a_checkpoint_that_is_cut_off_anywhere(tmp_path, kind):
-    content = {"state_dict": {"a": torch.ones(30)}, "finetune": {"class_names": ["a", "b"]}}
+    content = {"state_dict": {"a": torch.ones(30)}, "finetune": {"format": 2, "class_names": ["a", "b"]}}
     torch.save(content, tmp_path / "whole.ckpt", _use_new_zipfile_serialization=kind == "zip")
     whole, path = (tmp_path / "whole.ckpt").read_bytes(), tmp_path / "cut.ckpt"
-    assert read(tmp_path / "whole.ckpt")["finetune"] == {"class_names": ["a", "b"]}
+    assert read(tmp_path / "whole.ckpt")["finetune"]["class_names"] == ["a", "b"]
     for length in range(0, len(whole) - 8, 23):
         path.write_bytes(whole[:length])
         with pytest.raises(CheckpointError, match=r"cut\.ckpt") as caught:
@@ -117,7 +117,7 @@ def test_what_is_no_checkpoint_at_all(tmp_path, content):
 
 
 def test_checkpoints_of_others_and_missing_ones(tmp_path):
-    for content in ({"finetune": {}}, [1, 2]):
+    for content in ({"finetune": {"format": 2}}, [1, 2]):
         torch.save(content, tmp_path / "best.ckpt")
         with pytest.raises(CheckpointError, match="lacks the entry 'state_dict'"):
             read(tmp_path / "best.ckpt")
@@ -155,13 +155,13 @@ def test_names_input_and_origin_go_from_module_to_module(tmp_path):
     assert other.input_spec == origin.input_spec
     assert other.weights_report == origin.weights_report
     stamp = read(tmp_path / "a.ckpt")["finetune"]
-    assert (stamp["format"], stamp["class_path"]) == (1, "finetune.module.FinetuneModule")
+    assert (stamp["format"], stamp["class_path"]) == (2, "finetune.module.FinetuneModule")
 
 
 def test_a_newer_format_says_how_to_update():
     checkpoint = stamped(module())
-    checkpoint["finetune"] |= {"format": 2, "version": "9.8.7"}
-    with pytest.raises(CheckpointError, match=r"format 2 \(written by version 9\.8\.7\).*pip install -U resnet-finetune"):
+    checkpoint["finetune"] |= {"format": 3, "version": "9.8.7"}
+    with pytest.raises(CheckpointError, match=r"format 3 \(written by version 9\.8\.7\).*pip install -U resnet-finetune"):
         module().on_load_checkpoint(checkpoint)
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, top_k_accuracy_score
 
-from finetune.metrics import build_metrics
+from finetune.metrics import MeanLoss, build_metrics
 
 
 def numbers(classes, number=101):
@@ -41,3 +41,31 @@ def test_training_counts_what_is_right_and_starts_anew_after_a_reset():
     metrics.reset()
     metrics.update(torch.eye(10)[:4], torch.tensor([0, 1, 2, 9]))
     assert {name: float(value) for name, value in metrics.compute().items()} == {"train/acc": 0.75}
+
+
+def test_the_mean_loss_is_that_of_the_pictures():
+    losses, parts = np.random.default_rng(0).random(101), [7, 64, 100]
+    mean, without = MeanLoss(), MeanLoss(finite=True)
+    for part in np.split(losses, parts):
+        for metric in (mean, without):
+            metric.update(torch.tensor(part.mean()), len(part))
+    without.update(torch.tensor(float("nan")), 50)
+    without.update(torch.tensor(float("inf")), 50)
+    assert float(mean.compute()) == pytest.approx(losses.mean(), rel=1e-6)
+    assert float(without.compute()) == float(mean.compute())
+    mean.update(torch.tensor(float("nan")), 1)
+    assert np.isnan(float(mean.compute()))
+
+
+def test_a_first_batch_that_is_all_right_ties_no_metrics_together():
+    """torchmetrics shares the counts of metrics that are equal after the first batch, unless told which ones are alike."""
+    labels = torch.arange(8).repeat(2)
+    certain = torch.eye(8)[labels]
+    metrics = build_metrics("val", 8)
+    metrics.update(certain, labels)
+    metrics.update(-certain, labels)  # the right class comes last
+    second = certain.clone()
+    second[torch.arange(16), (labels + 1) % 8] = 2.0  # the right class comes second
+    metrics.update(second, labels)
+    found = {name: float(value) for name, value in metrics.compute().items()}
+    assert found == pytest.approx({"val/acc": 1 / 3, "val/acc_macro": 1 / 3, "val/acc_top5": 2 / 3, "val/f1": found["val/f1"]})
