@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 KEY = "finetune"
 FORMAT = 1
+TRAINING_ONLY = "adaptation"  # the part of a module that predicts nothing: the layers of domain adaptation
 _FREE_TO_CHANGE = {"weights", "partial_weights", "memory_format", "class_names", "compile"}  # a resumed run goes on as it would
 
 
@@ -39,7 +40,7 @@ def stamp(checkpoint: dict[str, Any], module: FinetuneModule) -> None:
 
 
 def adopt(checkpoint: Mapping[str, Any], module: FinetuneModule) -> None:
-    """Take over what `stamp` wrote.
+    """Take over what `stamp` wrote, and leave out what only domain adaptation trains with.
 
     Raises:
         CheckpointError: If the checkpoint is of a newer format, has other classes than the data, or contradicts the options of
@@ -48,6 +49,10 @@ def adopt(checkpoint: Mapping[str, Any], module: FinetuneModule) -> None:
     stamped = checkpoint.get(KEY)
     if stamped is None:
         return
+    if TRAINING_ONLY not in dict(module.named_children()):
+        state = checkpoint["state_dict"]
+        for name in [name for name in state if name.startswith(f"{TRAINING_ONLY}.")]:
+            del state[name]
     if stamped["format"] > FORMAT:
         raise CheckpointError(
             f"The checkpoint has format {stamped['format']} (written by version {stamped['version']}), this is version "
