@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from torch.utils.data import DataLoader
 
-from finetune.data import FolderDataModule
+from finetune.data import FolderDataModule, plain_root
 from finetune.errors import ConfigError, DataError
 from finetune.folders import SPLITS, Picture, Split
 from finetune.loading import PictureDataset
@@ -72,6 +72,7 @@ class AdaptDataModule(FolderDataModule):
         workers: int | None = None,
         eval_batch_size: int | None = None,
     ) -> None:
+        root = plain_root(root)
         target = os.fspath(target) if isinstance(target, str | os.PathLike) else [os.fspath(each) for each in target]
         super().__init__(
             root,

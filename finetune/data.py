@@ -115,7 +115,7 @@ class FolderDataModule(PositionedDataModule):
         max_errors: float = 0.05,
     ) -> None:
         super().__init__()
-        root = _plain(root)
+        root = plain_root(root)
         self.save_hyperparameters(logger=False)  # the model may have an option of the same name
         self.root = root
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or 2 * batch_size
@@ -351,7 +351,7 @@ class FolderDataModule(PositionedDataModule):
         )
 
 
-def _plain(root: str | os.PathLike[str]) -> str:
+def plain_root(root: str | os.PathLike[str]) -> str:
     """Return the folder as a string; a path object always means a folder, also if built-in data have that name."""
     text = os.fspath(root)
     return os.path.join(os.curdir, text) if text in BUILT_IN and not isinstance(root, str) else text

@@ -121,7 +121,7 @@ def _pictures(folder: Path, classes: tuple[str, ...], labels: bool) -> dict[Spli
     found: dict[Split, list[Picture]] = {split: [] for split in SPLITS}
     skipped: Counter[str] = Counter()
     names, _ = subfolders(str(folder), skipped)
-    if not names or not labels:
+    if not labels or not any(True for name in names for _ in walk(str(folder / name), Counter())):
         inside = sorted(walk(str(folder), skipped), key=order)
         found["train"] = [Picture(file, UNKNOWN) for file in inside]
         return found
@@ -129,8 +129,9 @@ def _pictures(folder: Path, classes: tuple[str, ...], labels: bool) -> dict[Spli
         inner, _ = subfolders(str(folder / name), skipped)
         for each in sorted(inner, key=order):
             prefix = f"{name}/{each}/" if name else f"{each}/"
-            files = [prefix + file for file in walk(str(folder / name / each), skipped)]
-            found[split] += [Picture(file, _label(each, classes, folder)) for file in sorted(files, key=order)]
+            files = sorted((prefix + file for file in walk(str(folder / name / each), skipped)), key=order)
+            label = _label(each, classes, folder) if files else UNKNOWN
+            found[split] += [Picture(file, label) for file in files]
     return found
 
 
