@@ -248,7 +248,7 @@ def create(given: Adaptation | Mapping[str, Any] | str) -> Adaptation:
     path, arguments = (given, {}) if isinstance(given, str) else (given["class_path"], given.get("init_args") or {})
     kind: Any = METHODS.get(path)
     with contextlib.suppress(ConfigError):
-        kind = kind or import_path(path)
+        kind = kind or (import_path(path) if "." in path else None)
     if not (isinstance(kind, type) and issubclass(kind, Adaptation)):
         raise ConfigError(
             f"There is no adaptation method '{path}'.{did_you_mean(path, METHODS)} Expected {', '.join(METHODS)}, or the "
