@@ -53,6 +53,8 @@ class AdaptModule(FinetuneModule):
         self.adaptation: Adaptation = method
         self._watched: list[tuple[Tensor, Tensor, Tensor]] = []
         self._source_statistics: dict[str, Tensor] | None = None
+        if self.hparams["mixup"] or self.hparams["cutmix"]:
+            raise ConfigError("model.mixup and model.cutmix do not go with domain adaptation: leave them at 0.")
         if method.restates_batchnorm and not batch_statistics.batchnorm_layers(self):
             raise ConfigError(f"{type(method).__name__} needs BatchNorm, and {self.hparams['backbone']} has none.")
 
@@ -64,11 +66,12 @@ class AdaptModule(FinetuneModule):
         images = cast(Tensor, images)
         others, known = self._target(batch, images)
         features = self._features(images, others)
-        logits = [self.head(each) for each in features]
+        logits = [self.head(self.dropout(each)) for each in features]
         labelled = known != UNKNOWN
         loss = self.loss(torch.cat([logits[0], logits[1][labelled]]), torch.cat([labels, known[labelled]]))
         self._metrics_of("train").update(logits[0].detach(), labels)
         self._log_mean("train/cls_loss", loss.detach(), len(labels))
+        loss = loss + self.objective.pull(self)
         if self.adaptation.uses_target:
             loss = loss + self._adaptation_loss(features, logits, labels)
         self._log_mean("train/loss", loss.detach(), len(labels))

@@ -107,7 +107,7 @@ class AdaptDataModule(FolderDataModule):
         return scan_target(self.targets, self.folder.classes, self.folder.root, self.target_labels)
 
     @cached_property
-    def shots(self) -> list[int]:
+    def labelled_target(self) -> list[int]:
         """The labelled training pictures of the target: positions in their list."""
         return self.target.shots(self.target_shots)
 
@@ -147,7 +147,11 @@ class AdaptDataModule(FolderDataModule):
         """Also print what was found in the target."""
         super().setup(stage)
         if stage == "fit" and (self.trainer is None or self.trainer.is_global_zero):
-            drawn = f"\n{len(self.shots)} of the training pictures are trained with their labels" if self.shots else ""
+            drawn = (
+                f"\n{len(self.labelled_target)} of the training pictures are trained with their labels"
+                if self.labelled_target
+                else ""
+            )
             print(self.target.summary() + drawn)
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
@@ -155,14 +159,14 @@ class AdaptDataModule(FolderDataModule):
         seed = global_seed()
         transform = train_transform(self.input_spec, self.augment, self.hflip)
         source, target = self.folder.splits["train"], self.target.splits["train"]
-        labels = set(self.shots)
+        labels = set(self.labelled_target)
         hidden = [Picture(p.file, p.label if place in labels else UNKNOWN) for place, p in enumerate(target)]
         pairs = PairDataset(
             PictureDataset(self.folder.root, source, transform, seed),
             PictureDataset(self.target.root, hidden, transform, seed_of(seed, TARGET)),
         )
         position = self.position if self.trainer else None
-        sampler = PairSampler(pairs, self.batch_size, self.steps, self.shots, seed, position, *self.ranks())
+        sampler = PairSampler(pairs, self.batch_size, self.steps, self.labelled_target, seed, position, *self.ranks())
         return self._loader(cast(Any, pairs), self.batch_size, sampler, drop_last=True)
 
     def val_dataloader(self) -> list[Any]:
@@ -189,4 +193,4 @@ class AdaptDataModule(FolderDataModule):
     def describe_target(self) -> dict[str, Any]:
         """Return where the target is and how many pictures it has, for the record of a run."""
         counts = {split: len(self.target.splits[split]) for split in SPLITS}
-        return {"root": str(self.target.root.absolute()), "counts": counts, "shots": len(self.shots)}
+        return {"root": str(self.target.root.absolute()), "counts": counts, "shots": len(self.labelled_target)}

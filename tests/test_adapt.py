@@ -188,9 +188,8 @@ def test_without_adaptation_the_network_sees_the_source_alone(domains, method):
     L.seed_everything(0, verbose=False)
     L.Trainer(max_epochs=2, limit_val_batches=0, callbacks=[seen], **QUIET).fit(model, data)
     assert seen.shapes == [8] * 4
-    loader = data_of(domains, augment="none")
-    loader.val_dataloader = list
-    L.Trainer(max_epochs=2, limit_val_batches=0, **QUIET).fit(plain, loader)  # which looks at the source's pictures only
+    # the plain module looks at the source's pictures only
+    L.Trainer(max_epochs=2, limit_val_batches=0, **QUIET).fit(plain, data_of(domains, augment="none"))
     for (name, left), right in zip(model.state_dict().items(), plain.state_dict().values(), strict=True):
         assert torch.equal(left, right), name
 
@@ -291,7 +290,9 @@ def test_adabn_is_measured_with_the_targets_statistics_and_trains_with_the_sourc
     assert not torch.allclose(kept.running_mean, layer.running_mean, rtol=0.01)
 
 
-def test_adabn_without_batchnorm_is_refused():
+def test_what_does_not_go_together_is_refused():
+    with pytest.raises(ConfigError, match=r"mixup and model\.cutmix do not go with domain adaptation"):
+        module(mixup=0.2)
     with pytest.raises(ConfigError, match="AdaBN needs BatchNorm, and test_vit has none"):
         AdaptModule("AdaBN", backbone="test_vit", weights="none", num_classes=3)
 

@@ -71,15 +71,15 @@ def test_labels_are_numbers_of_the_sources_classes_and_those_of_the_target_stay_
 
 def test_few_labels_of_the_target(domains):
     data = module(domains, target_shots=2, steps_per_epoch=9)
-    assert len(data.shots) == 4
+    assert len(data.labelled_target) == 4
     pictures = data.target.splits["train"]
     for batch in batches(data):
         labels, index = batch["target"]["label"].tolist(), batch["target"]["index"].tolist()
         assert sum(label != UNKNOWN for label in labels) == 1  # a quarter of 4
         for label, place in zip(labels, index, strict=True):
-            assert (place in data.shots) == (label != UNKNOWN)
+            assert (place in data.labelled_target) == (label != UNKNOWN)
             assert label in (UNKNOWN, pictures[place].label)
-    assert module(domains, target_shots=2).shots == data.shots
+    assert module(domains, target_shots=2).labelled_target == data.labelled_target
 
 
 def test_several_targets_are_one(domains):
@@ -102,7 +102,7 @@ def test_a_target_without_classes(domains):
     assert len(deep.target.splits["train"]) == 10
     assert not deep.target.labelled("train")
     with pytest.raises(DataError, match="target_shots 1 needs 1 labelled pictures of each class in the target"):
-        module(domains, target=str(domains / "plain"), target_shots=1).shots  # noqa: B018
+        module(domains, target=str(domains / "plain"), target_shots=1).labelled_target  # noqa: B018
 
 
 def test_splits_of_a_target_are_for_training_watching_and_the_test(domains):
