@@ -147,11 +147,8 @@ class AdaptDataModule(FolderDataModule):
         """Also print what was found in the target."""
         super().setup(stage)
         if stage == "fit" and (self.trainer is None or self.trainer.is_global_zero):
-            drawn = (
-                f"\n{len(self.labelled_target)} of the training pictures are trained with their labels"
-                if self.labelled_target
-                else ""
-            )
+            number = len(self.labelled_target)
+            drawn = f"\n{number} of the training pictures are trained with their labels" if number else ""
             print(self.target.summary() + drawn)
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:

@@ -26,7 +26,7 @@ from finetune.sample import BUILT_IN
 
 RECORD, METRICS, GRADIENTS, AUGMENTED = "record.json", "metrics.csv", "gradients.csv", "augmented.jpg"
 EXPLAINED = "explained.png"
-PREDICTIONS = {"test": "predictions.test.csv", "val": "predictions.val.csv"}
+PREDICTIONS = {split: f"predictions.{split}.csv" for split in ("test", "target", "val")}
 RATE = "lr/"
 
 Row = dict[str, str]
@@ -200,7 +200,7 @@ class RunFiles:
         step = numbers.get("step", math.nan)
         if self.steps_per_epoch is None:
             return step
-        measured = any(name.startswith(("train/", "val/", "test/")) for name in numbers)
+        measured = any(name.startswith(("train/", "val/", "test/", "target/", "oracle/")) for name in numbers)
         return (step + measured) / self.steps_per_epoch
 
 
