@@ -1,10 +1,11 @@
 """A method of domain adaptation beside its two floors, trained with the same budget: the source alone, and AdaBN.
 
-Most of what a method seems to gain on a small network may be the BatchNorm statistics of the target, which AdaBN has for nothing.
+Most of what a method seems to gain may be the BatchNorm statistics of the target, which AdaBN has for nothing.
 """
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -70,5 +71,5 @@ def without_method(words: Sequence[str]) -> list[str]:
 def _value(words: Sequence[str], option: str) -> str | None:
     """Return the last value that was given for an option."""
     found = [word.partition("=")[2] for word in words if word.startswith(f"{option}=")]
-    found += [value for word, value in zip(words, words[1:], strict=False) if word == option]
+    found += [value for word, value in itertools.pairwise(words) if word == option]
     return found[-1] if found else None

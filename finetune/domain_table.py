@@ -34,8 +34,8 @@ def _row(files: RunFiles) -> list[str]:
 
     def at_best(name: str) -> str:
         curve = files.metrics.get(name)
-        here = [] if curve is None else np.flatnonzero(np.round(curve.x) == best + 1)
-        return "not known" if curve is None or not len(here) else f"{curve.y[here[-1]]:.4f}"
+        values = np.array([]) if curve is None else curve.y[np.round(curve.x) == best + 1]
+        return f"{values[-1]:.4f}" if len(values) else "not known"
 
     if oracle is None:
         return [at_best("val/acc") if source is not None else "", "not known", str(best + 1), "", ""]

@@ -26,6 +26,7 @@ from finetune.sample import BUILT_IN
 
 RECORD, METRICS, GRADIENTS, AUGMENTED = "record.json", "metrics.csv", "gradients.csv", "augmented.jpg"
 EXPLAINED = "explained.png"
+DOMAINS = "domains.json"  # of domain adaptation
 PREDICTIONS = {split: f"predictions.{split}.csv" for split in ("test", "target", "val")}
 RATE = "lr/"
 
@@ -65,6 +66,15 @@ class RunFiles:
         except ValueError:
             return {}
         return found if isinstance(found, dict) else {}
+
+    @cached_property
+    def domains(self) -> dict[str, Any]:
+        """What `domains.json` says of the features of both domains, or nothing."""
+        with contextlib.suppress(ValueError):
+            found = json.loads(_text(self.folder / DOMAINS))
+            if isinstance(found, dict):
+                return found
+        return {}
 
     @cached_property
     def config(self) -> dict[str, Any]:

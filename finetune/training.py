@@ -28,6 +28,7 @@ from finetune.averaging import AVERAGED, BestEpochs, PhaseEMA
 from finetune.callbacks import EpochLine, PhaseEarlyStopping
 from finetune.defaults import RunOptions, trainer_defaults
 from finetune.domain_table import domain_table
+from finetune.domains import measure_domains
 from finetune.errors import ConfigError, FinetuneError
 from finetune.explain import draw_mistakes
 from finetune.gradient_flow import GradientFlow
@@ -389,6 +390,7 @@ class FinetuneCLI(LightningCLI):
             if isinstance(self.model, FinetuneModule) and self.model.classifies:
                 with contextlib.suppress(FinetuneError):  # data without files: there is nothing to look at
                     draw_mistakes(run)
+                    measure_domains(run)
             write_report(run)
         except Exception as error:  # whatever is wrong with a figure, the training is done
             print(f"warning: The report could not be written ({error}). Try again: resnet-finetune report {_relative(run)}")
