@@ -1,7 +1,9 @@
 """A method of domain adaptation of one's own in twenty lines: features whose norm grows step by step (Xu et al. 2019, AFN).
 
-cd examples && resnet-finetune adapt --model.adaptation own_adaptation.FeatureNorm --model.adaptation.weight 0.1 --compare
-python examples/own_adaptation.py
+    cd examples && resnet-finetune adapt --model.adaptation own_adaptation.FeatureNorm --model.adaptation.weight 0.1 --compare
+    python examples/own_adaptation.py
+
+The first line is what a project types that keeps its methods in a module of its own; the second trains from Python.
 """
 
 import argparse
@@ -31,6 +33,7 @@ class FeatureNorm(Adaptation):
 
 
 def main() -> None:
+    """Train on the built-in digits and print what is measured on the target."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backbone", default="resnet18")
     parser.add_argument("--weights", default="auto")
