@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import logging
 import statistics
 import time
 import warnings
@@ -48,17 +49,18 @@ def tasks(options: argparse.Namespace) -> Iterator[Task]:
     """Return the tasks of a benchmark."""
     root = Path(options.root or ".")
     if options.benchmark == "digits":
-        yield Task("digits -> digits_m", {}, {}, 10)
+        yield Task("digits -> digits_m", SMALL, {"image_size": 32, "steps_per_epoch": 100}, 6)
     elif options.benchmark == "usps":
         for source, target in (("mnist", "usps"), ("usps", "mnist")):
             folders = {"root": str(root / source), "target": str(root / target)}
-            data = {"hflip": False, "image_size": 32, "batch_size": 64, "steps_per_epoch": 40}
-            yield Task(f"{source} -> {target}", SMALL, {**data, **folders}, 10)
+            data = {"hflip": False, "image_size": 32, "steps_per_epoch": 100}
+            yield Task(f"{source} -> {target}", SMALL, {**data, **folders}, 4)
     else:
         model = {"backbone": "mobilenetv2_100", "weights": options.weights}
         for target in ("art_painting", "cartoon", "sketch"):
             folders = {"root": str(root / "photo"), "target": str(root / target)}
-            yield Task(f"photo -> {target}", model, {"image_size": 96, "steps_per_epoch": 20, **folders}, 5)
+            data = {"image_size": 96, "batch_size": 16, "steps_per_epoch": 25}
+            yield Task(f"photo -> {target}", model, {**data, **folders}, 4)
 
 
 class Watch(L.Callback):
@@ -71,15 +73,15 @@ class Watch(L.Callback):
         self.epochs.append({name: float(value) for name, value in trainer.callback_metrics.items()})
 
 
-def measure(task: Task, method: str, seed: int, quick: bool) -> dict[str, Any]:
+def measure(task: Task, method: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """Train once; return accuracies on the target, chosen without labels, by the oracle, and of the last epoch."""
     recipe = yaml.safe_load(find_recipe("domain_adaptation").read_text())
     L.seed_everything(seed, verbose=False)
-    data = AdaptDataModule(**{**recipe["data"]["init_args"], **task.data, "workers": 1})
+    data = AdaptDataModule(**{**recipe["data"]["init_args"], **task.data, "workers": options.workers})
     given = {**recipe["model"]["init_args"], **task.model, "adaptation": method}
     model = AdaptModule(**given, num_classes=data.num_classes)
     watch, begin = Watch(), time.perf_counter()
-    length = {"max_epochs": 1, "limit_train_batches": 2} if quick else {"max_epochs": task.epochs}
+    length = {"max_epochs": 1, "limit_train_batches": 2} if options.quick else {"max_epochs": task.epochs}
     trainer = L.Trainer(accelerator="cpu", num_sanity_val_steps=0, callbacks=[watch], **length, **QUIET)
     trainer.fit(model, data)
     chosen = max(watch.epochs, key=lambda epoch: epoch[MONITOR])
@@ -127,9 +129,11 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", help="which methods (default: all for digits, seven otherwise)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--csv", type=Path, default=Path("adaptation.csv"), help="the file of runs (default: adaptation.csv)")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read pictures (default: 0)")
     parser.add_argument("--quick", action="store_true", help="two steps of each run, to see that it runs")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     methods = options.methods or (METHODS if options.benchmark == "digits" else FEW)
     chosen = list(tasks(options))
@@ -138,7 +142,7 @@ def main() -> None:
             for method in methods:
                 key = (task.name, method, str(seed))
                 if key not in {(row["task"], row["method"], row["seed"]) for row in done(options.csv)}:
-                    append(options.csv, measure(task, method, seed, options.quick))
+                    append(options.csv, measure(task, method, seed, options))
                     print(done(options.csv)[-1], flush=True)
     for task in chosen:
         print(f"\n{table(done(options.csv), task.name)}")

@@ -55,3 +55,9 @@ def restate(network: nn.Module, batches: Iterable[Tensor], forward: Callable[[Te
             layer.momentum = momentum
         for module, training in modes.items():
             module.training = training
+    if torch.distributed.is_initialized():  # each process has seen its share of the pictures
+        for name in statistics_of(network):
+            buffer = network.get_buffer(name)
+            if buffer.is_floating_point():
+                torch.distributed.all_reduce(buffer)
+                buffer.div_(torch.distributed.get_world_size())

@@ -1,6 +1,7 @@
 """AdaptModule: what a step computes, that the source alone stays alone, and what its checkpoints are good for."""
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from finetune.adaptation_methods import CDAN, DANN, METHODS, create
 from finetune.batch_statistics import batchnorm_layers, statistics_of
 from finetune.main import main
 from finetune.predictor import Predictor
+from finetune.reuse import Kept
 
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
 QUIET |= {"num_sanity_val_steps": 0, "enable_checkpointing": False}
@@ -340,6 +342,9 @@ def test_validators_are_logged_and_choose_and_the_oracle_stands_aside(run):
     }
     assert any(row["train/domain_acc"] and row["train/grl"] and row["train/adapt_loss"] for row in rows(run))
     record = finetune.read_record(run)
+    assert record["data"]["target"]["counts"] == {"train": 30, "val": 0, "test": 0}
+    assert "oracle" in (run / "report.html").read_text()
+    assert len(json.loads((run / "domains.json").read_text())["points"]) == 36
     assert (record["monitor"], record["mode"]) == ("target/infomax", "max")
     assert record["best"]["value"] == pytest.approx(max(float(row["target/infomax"]) for row in ends), rel=1e-6)
 
@@ -354,6 +359,32 @@ def test_the_plain_module_reads_the_checkpoint(run, domains):
     images = next(iter(data_of(domains).target_loader("train")))["target"]["image"]
     assert torch.equal(plain(images), whole(images))
     assert plain.class_names == ["a", "b", "c"]
+    stamped = torch.load(path, weights_only=True)["finetune"]  # so that a method of one's own need not be there
+    assert stamped["class_path"] == "finetune.module.FinetuneModule"
+
+
+def test_a_bottleneck_stands_between_backbone_and_head(run):
+    plain = FinetuneModule.load_from_checkpoint(run / "checkpoints" / "best.ckpt").eval()
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    linear, norm, _ = plain.bottleneck
+    features = plain.backbone(plain.normalise(images)).flatten(1)
+    expected = norm(linear(features)).clamp_min(0)
+    assert expected.shape == (2, 16)
+    assert torch.equal(plain.features(images), expected)
+    stage = plain.stages[-2].name
+    kept = Kept(plain.lower(images, stage), stage)
+    torch.testing.assert_close(plain.features(kept), expected)
+    with pytest.raises(ConfigError, match=r"model\.bottleneck to be at least 1, or null for none; found 0"):
+        FinetuneModule(**TINY, bottleneck=0)
+
+
+def test_validate_and_test_measure_a_run_again(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(["validate", "--ckpt_path", str(run)])
+    said = dict(line.split() for line in capsys.readouterr().out.splitlines() if len(line.split()) == 2)
+    best = max((row for row in rows(run) if row["target/infomax"]), key=lambda row: float(row["target/infomax"]))
+    for name in ("target/infomax", "oracle/target_acc", "val/acc"):
+        assert float(said[name]) == pytest.approx(float(best[name]), abs=1e-4)
 
 
 def test_predict_evaluate_and_export_take_the_run(run, domains, tmp_path, monkeypatch, capsys):
@@ -408,6 +439,7 @@ import lightning as L
 import torch
 from finetune import AdaptDataModule, AdaptModule
 from finetune.adaptation_methods import DANN
+from finetune.batch_statistics import restate, statistics_of
 
 if __name__ == "__main__":
     root = sys.argv[1]
@@ -418,6 +450,8 @@ if __name__ == "__main__":
                         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0)
     trainer.fit(model, data)
     torch.save(dict(model.named_parameters()), f"{sys.argv[2]}/{trainer.global_rank}.pt")
+    restate(model, model._target_pictures(data), model.features)
+    torch.save(statistics_of(model), f"{sys.argv[2]}/statistics{trainer.global_rank}.pt")
     if trainer.global_rank == 0:
         torch.save({name: float(value) for name, value in trainer.callback_metrics.items()}, f"{sys.argv[2]}/metrics.pt")
 """
@@ -431,6 +465,9 @@ def test_two_processes_train_to_equal_parameters(domains, tmp_path):
     assert done.returncode == 0, done.stderr
     left, right = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert any(name.startswith("adaptation.discriminator") for name in left)
+    for name, value in left.items():
+        assert torch.equal(value, right[name]), name
+    left, right = (torch.load(tmp_path / f"statistics{rank}.pt", weights_only=True) for rank in (0, 1))
     for name, value in left.items():
         assert torch.equal(value, right[name]), name
     metrics = torch.load(tmp_path / "metrics.pt", weights_only=True)
