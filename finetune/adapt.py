@@ -21,7 +21,7 @@ from finetune.adaptation import Adaptation, DomainBatch, describe
 from finetune.adaptation_methods import create
 from finetune.errors import ConfigError, DataError
 from finetune.module import FinetuneModule
-from finetune.pairs import TARGET
+from finetune.pairs import KNOWN, TARGET
 from finetune.target import UNKNOWN
 from finetune.validators import validators
 
@@ -86,7 +86,7 @@ class AdaptModule(FinetuneModule):
                 f"Expected pictures of both domains to have the same channels, height and width, found {_shape(source)} in the "
                 f"source and {_shape(images)} in the target. Bring them to one size and to RGB, as AdaptDataModule does."
             )
-        known = target.get("label") if isinstance(target, Mapping) else None
+        known = target.get(KNOWN) if isinstance(target, Mapping) else None
         if known is None:
             known = torch.full((len(images),), UNKNOWN, device=images.device)
         if self.adaptation.uses_target:
@@ -131,7 +131,8 @@ class AdaptModule(FinetuneModule):
     def _watch(self, batch: Any) -> dict[str, Any]:
         images, labels = self.unpack(batch[TARGET])
         logits: Tensor = self(images)
-        index = batch[TARGET].get("index", torch.arange(len(labels))) if isinstance(batch[TARGET], Mapping) else labels
+        place = torch.arange(len(labels))
+        index = batch[TARGET].get("index", place) if isinstance(batch[TARGET], Mapping) else place
         self._watched.append((index.cpu(), logits.detach().float().cpu(), labels.cpu()))
         known = bool((labels != UNKNOWN).all())
         return {"logits": logits, "labels": labels, "index": index, "split": TARGET} if known else {}

@@ -1,7 +1,8 @@
 """The data of domain adaptation: a labelled source and an unlabelled target, side by side in every training batch.
 
-A training batch is that of the source (`image`, `label`, `index`) with that of the target under `target`. The length of an
-epoch is fixed: the domain that runs out begins anew, in another order. Which pictures meet is a function of (seed, epoch).
+A training batch is that of the source (`image`, `label`, `index`) with that of the target under `target` (`image`, `index`, and
+`known`, which is -1 but for the few pictures whose labels are to be learned). The length of an epoch is fixed: the domain that
+runs out begins anew, in another order. Which pictures meet is a function of (seed, epoch).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class AdaptDataModule(FolderDataModule):
     Example:
         >>> data = AdaptDataModule("digits", "digits_m", batch_size=8, workers=0)
         >>> batch = next(iter(data.train_dataloader()))
-        >>> batch["image"].shape == batch["target"]["image"].shape, batch["target"]["label"].tolist()
+        >>> batch["image"].shape == batch["target"]["image"].shape, batch["target"]["known"].tolist()
         (True, [-1, -1, -1, -1, -1, -1, -1, -1])
 
     Args:

@@ -14,6 +14,9 @@ from finetune.randomness import seed_of
 TARGET = "target"
 """The key of a batch under which pictures of the target stand."""
 
+KNOWN = "known"
+"""The key among them for the labels to be learned, -1 where there is none to learn; one under `label` is never learned."""
+
 _SHARE_OF_SHOTS = 4  # one in so many pictures of a target batch is a labelled one, where there are some
 
 
@@ -28,7 +31,9 @@ class PairDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, key: tuple[int, int, int]) -> dict[str, Any]:
         epoch, source, target = key
-        return {**self.source[(epoch, source)], TARGET: self.target[(epoch, target)]}
+        found = self.target[(epoch, target)]
+        found[KNOWN] = found.pop("label")
+        return {**self.source[(epoch, source)], TARGET: found}
 
 
 class TargetDataset(Dataset[dict[str, Any]]):

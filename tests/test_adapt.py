@@ -25,6 +25,7 @@ from finetune.batch_statistics import batchnorm_layers, statistics_of
 from finetune.main import main
 from finetune.predictor import Predictor
 from finetune.reuse import Kept
+from finetune.target import UNKNOWN
 
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
 QUIET |= {"num_sanity_val_steps": 0, "enable_checkpointing": False}
@@ -208,10 +209,10 @@ def test_labelled_pictures_of_the_target_are_learned(domains):
     data = data_of(domains, target_shots=2, augment="none")
     batch = next(iter(data.train_dataloader()))
     model = module("SourceOnly").eval()
-    known = batch["target"]["label"] >= 0
+    known = batch["target"]["known"] >= 0
     assert known.sum() == 2
     images = torch.cat([batch["image"], batch["target"]["image"][known]])
-    labels = torch.cat([batch["label"], batch["target"]["label"][known]])
+    labels = torch.cat([batch["label"], batch["target"]["known"][known]])
     expected = torch.nn.functional.cross_entropy(model(images), labels)
     model.log = lambda *args, **kwargs: None
     assert model.training_step(batch, 0).item() == pytest.approx(expected.item(), rel=1e-5)
@@ -247,6 +248,19 @@ def test_two_plain_loaders_will_do():
     trainer.fit(model, both)
     assert trainer.global_step == 3
     assert set(trainer.callback_metrics) >= {"train/loss", "train/cls_loss", "train/adapt_loss", "train/acc"}
+
+
+def test_labels_that_a_loader_brings_along_for_the_target_are_not_learned():
+    model = module("MCC").eval()
+    model.log = lambda *args, **kwargs: None
+    images, labels = torch.rand(6, 3, 32, 32), torch.arange(6) % 3
+    losses = []
+    for wrong in (labels, labels.flip(0), torch.full((6,), UNKNOWN)):
+        target = {"image": images.flip(0), "label": wrong}
+        losses += [
+            model.training_step({"source": (images, labels), "target": each}, 0) for each in (target, [*target.values()])
+        ]
+    assert len({loss.item() for loss in losses}) == 1
 
 
 def test_other_channels_and_other_batches_are_named():

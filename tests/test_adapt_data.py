@@ -60,7 +60,8 @@ def test_labels_are_numbers_of_the_sources_classes_and_those_of_the_target_stay_
     data = module(domains)
     assert data.classes == ["cat", "dog", "owl"]
     for batch in batches(data):
-        assert batch["target"]["label"].tolist() == [UNKNOWN] * 4
+        assert set(batch["target"]) == {"image", "index", "known"}
+        assert batch["target"]["known"].tolist() == [UNKNOWN] * 4
         assert (batch["image"][:, 0, 0, 0] // 20).tolist() == batch["label"].tolist()
         assert (batch["target"]["image"][:, 0, 0, 0] >= 100).all()
     watched = next(iter(data.val_dataloader()[1]))
@@ -74,7 +75,7 @@ def test_few_labels_of_the_target(domains):
     assert len(data.labelled_target) == 4
     pictures = data.target.splits["train"]
     for batch in batches(data):
-        labels, index = batch["target"]["label"].tolist(), batch["target"]["index"].tolist()
+        labels, index = batch["target"]["known"].tolist(), batch["target"]["index"].tolist()
         assert sum(label != UNKNOWN for label in labels) == 1  # a quarter of 4
         for label, place in zip(labels, index, strict=True):
             assert (place in data.labelled_target) == (label != UNKNOWN)
