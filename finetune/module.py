@@ -156,7 +156,7 @@ class FinetuneModule(StagedModule):
         self.input_spec = input_spec_of(self.backbone)
         classifier, self.stages = split_head(self.backbone)
         self.classifier_name = classifier.name
-        self.bottleneck = build_bottleneck(classifier.in_features, bottleneck)
+        self.embedding = build_bottleneck(classifier.in_features, bottleneck)
         self.head: nn.Module = nn.Linear(bottleneck or classifier.in_features, num_classes)
         self.dropout = nn.Dropout(dropout)
         self.objective = Objective(self.hparams)

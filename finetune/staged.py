@@ -30,7 +30,7 @@ class StagedModule(L.LightningModule):
     Attributes:
         backbone: The network without its classifier: pictures to features.
         stages: Its stages, in order.
-        bottleneck: What features pass before the head sees them; the identity if nothing.
+        embedding: What features pass before the head sees them; the identity if nothing.
         head: Features to logits.
         dropout: What of the features the head does not see in training.
         input_spec: The input that the weights expect.
@@ -41,7 +41,7 @@ class StagedModule(L.LightningModule):
 
     backbone: nn.Module
     stages: tuple[Stage, ...]
-    bottleneck: nn.Module
+    embedding: nn.Module
     head: nn.Module
     dropout: nn.Module
     input_spec: InputSpec
@@ -89,8 +89,8 @@ class StagedModule(L.LightningModule):
         """Map pictures (N, 3, H, W), or what was kept of them, to what the head sees (N, C)."""
         if isinstance(images, Kept):
             activation = images.activation.to(self.mean.dtype)
-            return self.bottleneck(self.boundaries.upper(activation, images.stage).flatten(1))  # type: ignore[no-any-return]
-        return self.bottleneck(self.backbone(self.normalise(images)).flatten(1))  # type: ignore[no-any-return]
+            return self.embedding(self.boundaries.upper(activation, images.stage).flatten(1))  # type: ignore[no-any-return]
+        return self.embedding(self.backbone(self.normalise(images)).flatten(1))  # type: ignore[no-any-return]
 
     def lower(self, images: Tensor, stage: str) -> Tensor:
         """Run pictures (N, 3, H, W) through the stages up to and including one: → what the next stage gets."""

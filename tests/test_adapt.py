@@ -224,14 +224,14 @@ def test_layers_of_a_method_learn_at_the_heads_rate_and_frozen_stages_stay(domai
     trainer = L.Trainer(max_epochs=1, limit_val_batches=0, **QUIET)
     trainer.fit(model, data_of(domains))
     rates = {group["stage"]: group["initial_lr"] for group in trainer.optimizers[0].param_groups}
-    assert {stage: pytest.approx(rates[stage]) for stage in ("layer4", "head", "bottleneck", "adaptation")} == {
+    assert {stage: pytest.approx(rates[stage]) for stage in ("layer4", "head", "embedding", "adaptation")} == {
         "layer4": 0.01,
         "head": 0.1,
-        "bottleneck": 0.1,
+        "embedding": 0.1,
         "adaptation": 0.1,
     }
     moved = {name.split(".")[0] for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    assert moved == {"backbone", "bottleneck", "head", "adaptation"}
+    assert moved == {"backbone", "embedding", "head", "adaptation"}
     frozen = [name for stage in model.stages[:-1] for name in stage.parameters]
     assert frozen
     assert all(torch.equal(model.state_dict()[f"backbone.{name}"], before[f"backbone.{name}"]) for name in frozen)
@@ -380,7 +380,7 @@ def test_the_plain_module_reads_the_checkpoint(run, domains):
 def test_a_bottleneck_stands_between_backbone_and_head(run):
     plain = FinetuneModule.load_from_checkpoint(run / "checkpoints" / "best.ckpt").eval()
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    linear, norm, _ = plain.bottleneck
+    linear, norm, _ = plain.embedding
     features = plain.backbone(plain.normalise(images)).flatten(1)
     expected = norm(linear(features)).clamp_min(0)
     assert expected.shape == (2, 16)
