@@ -60,15 +60,28 @@ def test_a_loss_of_ones_own_is_the_papers(own_adaptation):
 
 
 def test_a_loss_of_ones_own_runs_from_python_and_by_the_command(own_adaptation, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(EXAMPLES)  # code of the working folder is trusted
     options = ["--backbone", "test_resnet", "--weights", "none", "--epochs", "1", "--steps", "2"]
     monkeypatch.setattr(sys, "argv", ["own_adaptation.py", *options])
     own_adaptation.main()
     assert "oracle/target_acc" in capsys.readouterr().out
     words = ["--model.adaptation", "own_adaptation.FeatureNorm", "--model.adaptation.weight", "0.1"]
     words += ["--model.backbone", "test_resnet", "--model.weights", "none", "--data.workers", "0", "--data.image_size", "32"]
-    main(["adapt", *words, "--trainer.max_epochs", "1", "--data.steps_per_epoch", "2", "--run.gradients_every", "0"])
-    (run,) = (tmp_path / "runs" / "domain_adaptation").iterdir()
+    main(
+        [
+            "adapt",
+            *words,
+            "--trainer.max_epochs",
+            "1",
+            "--data.steps_per_epoch",
+            "2",
+            "--run.gradients_every",
+            "0",
+            "--run.folder",
+            str(tmp_path),
+        ]
+    )
+    (run,) = (tmp_path / "domain_adaptation").iterdir()
     model = finetune.AdaptModule.load_from_checkpoint(run / "checkpoints" / "best.ckpt")
     assert isinstance(model.adaptation, own_adaptation.FeatureNorm)
     assert model.adaptation.weight == 0.1
