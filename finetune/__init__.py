@@ -12,6 +12,10 @@ from typing import TYPE_CHECKING, Any
 from finetune.version import __version__
 
 if TYPE_CHECKING:
+    from finetune.adapt import AdaptModule as AdaptModule
+    from finetune.adapt_data import AdaptDataModule as AdaptDataModule
+    from finetune.adaptation import Adaptation as Adaptation
+    from finetune.adaptation import DomainBatch as DomainBatch
     from finetune.boundaries import Boundaries as Boundaries
     from finetune.data import FolderDataModule as FolderDataModule
     from finetune.distill import DistillModule as DistillModule
@@ -34,12 +38,16 @@ if TYPE_CHECKING:
     from finetune.transforms import InputSpec as InputSpec
 
 _HOME = {
+    "AdaptDataModule": "adapt_data",
+    "AdaptModule": "adapt",
+    "Adaptation": "adaptation",
     "Boundaries": "boundaries",
     "CheckpointError": "errors",
     "ConfigError": "errors",
     "DataError": "errors",
     "DistillDataModule": "distill_data",
     "DistillModule": "distill",
+    "DomainBatch": "adaptation",
     "FinetuneError": "errors",
     "FinetuneModule": "module",
     "FolderDataModule": "data",

@@ -54,6 +54,19 @@ def create_model(name: str, num_classes: int, **options: Any) -> nn.Module:
     return model
 
 
+def build_bottleneck(in_features: int, width: int | None) -> nn.Module:
+    """Return a layer between features and head: linear, BatchNorm, ReLU; the identity if the width is None.
+
+    Raises:
+        ConfigError: If the width is below 1.
+    """
+    if width is None:
+        return nn.Identity()
+    if width < 1:
+        raise ConfigError(f"Expected model.bottleneck to be at least 1, or null for none; found {width}.")
+    return nn.Sequential(nn.Linear(in_features, width), nn.BatchNorm1d(width), nn.ReLU())
+
+
 def import_path(path: str) -> Callable[..., Any]:
     """Import a class or function by its dotted path.
 

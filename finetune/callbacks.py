@@ -18,7 +18,7 @@ class EpochLine(Callback):
         """Print the line."""
         shown = [
             (name, trainer.callback_metrics[name])
-            for name in ("train/loss", "val/loss", "val/acc", "val/acc_macro")
+            for name in ("train/loss", "val/loss", "val/acc", "val/acc_macro", "target/infomax", "oracle/target_acc")
             if name in trainer.callback_metrics
         ]
         values = "  ".join(f"{name} {float(value):.4f}" for name, value in shown)

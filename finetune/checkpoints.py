@@ -21,6 +21,7 @@ from finetune.weight_report import Report
 if TYPE_CHECKING:
     from finetune.module import FinetuneModule
 
+TRAINING_ONLY = "adaptation"  # the part of a module that predicts nothing: the layers of domain adaptation
 _FREE_TO_CHANGE = {"weights", "partial_weights", "memory_format", "class_names", "compile"}  # a resumed run goes on as it would
 
 
@@ -52,7 +53,7 @@ def run_facts(trainer: Any) -> dict[str, int]:
 
 
 def adopt(checkpoint: dict[str, Any], module: FinetuneModule) -> None:
-    """Take over what `stamp` wrote.
+    """Take over what `stamp` wrote, and leave out what only domain adaptation trains with.
 
     Raises:
         CheckpointError: If the checkpoint is of a newer format, has other classes than the data, or contradicts the options of
@@ -61,6 +62,10 @@ def adopt(checkpoint: dict[str, Any], module: FinetuneModule) -> None:
     stamped = upgrade(checkpoint).get(KEY)
     if stamped is None:
         return
+    if TRAINING_ONLY not in dict(module.named_children()):
+        state = checkpoint["state_dict"]
+        for name in [name for name in state if name.startswith(f"{TRAINING_ONLY}.")]:
+            del state[name]
     refuse_other_classes(checkpoint, module)
     names, mine = stamped["class_names"], module.class_names
     trainer = module._trainer

@@ -115,7 +115,7 @@ class FolderDataModule(PositionedDataModule):
         max_errors: float = 0.05,
     ) -> None:
         super().__init__()
-        root = _plain(root)
+        root = plain_root(root)
         self.save_hyperparameters(logger=False)  # the model may have an option of the same name
         self.root = root
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or 2 * batch_size
@@ -300,17 +300,7 @@ class FolderDataModule(PositionedDataModule):
         dataset = PictureDataset(
             self.folder.root, pictures, eval_transform(self.input_spec), None, self._decoded(split), self._advice
         )
-        world, rank = self.ranks()
-        if world == 1:
-            return self._loader(dataset, self.eval_batch_size)
-        if len(pictures) < world:
-            raise DataError(
-                f"The {split} split of {self.folder.root} has {len(pictures)} pictures, expected at least one for each of the "
-                f"{world} processes. Add pictures or use fewer devices."
-            )
-        return self._loader(
-            dataset, even_batch_size(len(pictures), world, self.eval_batch_size), EvalSampler(dataset, world, rank)
-        )
+        return self._in_order(dataset, f"{split} split of {self.folder.root}")
 
     # ------------------------------------------------------------------------------------------------------- private
 
@@ -319,6 +309,19 @@ class FolderDataModule(PositionedDataModule):
         """A number that is equal where the order of an epoch is."""
         return seed_of(
             global_seed(), self.batch_size, self.sampling, *(picture.file for picture in self.folder.splits["train"])
+        )
+
+    def _in_order(self, dataset: PictureDataset, name: str) -> DataLoader[dict[str, Any]]:
+        world, rank = self.ranks()
+        if world == 1:
+            return self._loader(dataset, self.eval_batch_size)
+        if len(dataset) < world:
+            raise DataError(
+                f"The {name} has {len(dataset)} pictures, expected at least one for each of the {world} processes. Add "
+                "pictures or use fewer devices."
+            )
+        return self._loader(
+            dataset, even_batch_size(len(dataset), world, self.eval_batch_size), EvalSampler(dataset, world, rank)
         )
 
     def _resized(self, spec: InputSpec) -> InputSpec:
@@ -348,7 +351,7 @@ class FolderDataModule(PositionedDataModule):
         )
 
 
-def _plain(root: str | os.PathLike[str]) -> str:
+def plain_root(root: str | os.PathLike[str]) -> str:
     """Return the folder as a string; a path object always means a folder, also if built-in data have that name."""
     text = os.fspath(root)
     return os.path.join(os.curdir, text) if text in BUILT_IN and not isinstance(root, str) else text

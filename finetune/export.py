@@ -167,11 +167,12 @@ def _write_timm(trained: Trained, module: FinetuneModule, folder: Path) -> Path:
     from timm.models import save_for_hf
 
     options = module.hparams
-    if type(module) is not FinetuneModule or "." in options["backbone"] or options["bn_eps"] is not None:
+    found = {name: options[name] for name in ("bn_eps", "bottleneck") if options[name] is not None}
+    if type(module) is not FinetuneModule or "." in options["backbone"] or found:
+        also = "".join(f" and {name} {value}" for name, value in found.items())
         raise ConfigError(
-            f"timm cannot rebuild this model: expected a plain FinetuneModule with a backbone of timm and its own bn_eps, "
-            f"found {type(module).__name__} with {options['backbone']} and bn_eps {options['bn_eps']}. Export to onnx or "
-            "torch_export."
+            "timm cannot rebuild this model: expected a plain FinetuneModule with a backbone of timm, its own bn_eps and no "
+            f"bottleneck, found {type(module).__name__} with {options['backbone']}{also}. Export to onnx or torch_export."
         )
     network: Any = create_model(options["backbone"], len(trained.classes), **(options["backbone_args"] or {}))
     state = {

@@ -16,6 +16,7 @@ import numpy as np
 from finetune import curve_figures as curves
 from finetune import outcome_figures as outcomes
 from finetune import scores
+from finetune.domain_figures import of_domains
 from finetune.figure_style import FAINT, INK
 from finetune.run_files import AUGMENTED, EXPLAINED, Curve, RunFiles, in_order
 from finetune.thumbnails import thumbnail
@@ -39,10 +40,10 @@ def of_run(run: str | Path | RunFiles, pictures: bool = True) -> dict[str, Figur
 
     Returns:
         loss, metrics, learning_rates, weight_distance, gradient_flow, update_ratio, confusion, confusion_normalised,
-        confused_pairs, per_class, reliability; augmented, mistakes.
+        confused_pairs, per_class, reliability; of domain adaptation what `of_domains` returns; augmented, mistakes.
     """
     files = run if isinstance(run, RunFiles) else RunFiles(run)
-    found = {**_of_training(files), **_of_gradients(files), **_of_outcome(files)}
+    found = {**_of_training(files), **_of_gradients(files), **_of_outcome(files), **of_domains(files)}
     return {**found, **_of_pictures(files)} if pictures else found
 
 

@@ -21,8 +21,11 @@ TRAINER_VERBS = {
     "validate": "measure a checkpoint on the validation split",
     "test": "measure a checkpoint on the test split",
     "lr-find": "raise the learning rate step by step and suggest one, ratios between stages kept",
+    "adapt": "learn from labelled pictures of one kind and unlabelled ones of another (domain adaptation)",
     "distill": "teach a backbone what another one knows, on pictures without labels",
 }
+_RECIPE_OF = {"distill": "distill", "adapt": "domain_adaptation"}
+_COMPARE = "--compare"
 _TEXTS = {**TRAINER_VERBS, **{name: verb.text for name, verb in VERBS.items()}}
 
 HELP = """usage: resnet-finetune VERB [OPTIONS]
@@ -74,6 +77,11 @@ def _dispatch(words: list[str]) -> None:
             sys.path.insert(0, os.getcwd())  # a user's own classes: --model my_module.MyModule
         if verb in VERBS:
             VERBS[verb].run(words[1:])
+        elif _COMPARE in words and verb in ("fit", "adapt"):
+            from finetune.compare import compare
+
+            rest = [word for word in words[1:] if word != _COMPARE]
+            compare(_as_fit(verb, rest) if verb in _RECIPE_OF else [verb, *rest])
         elif verb == "lr-find":
             from finetune.lr_verb import run as find
 
@@ -81,15 +89,15 @@ def _dispatch(words: list[str]) -> None:
         else:
             from finetune.training import run
 
-            run(_as_fit(words[1:]) if verb == "distill" else words, called=verb)
+            run(_as_fit(verb, words[1:]) if verb in _RECIPE_OF else words, called=verb)
     else:
         _leave(f"There is no verb '{verb}'.{did_you_mean(verb, _TEXTS)} Expected one of: {', '.join(_TEXTS)}.")
 
 
-def _as_fit(words: list[str]) -> list[str]:
-    """Return the words of `distill` as those of `fit` with the recipe for it; a run that is resumed has its own."""
+def _as_fit(verb: str, words: list[str]) -> list[str]:
+    """Return the words of `distill` or `adapt` as those of `fit` with the recipe for it; a run that is resumed has its own."""
     resumes = any(word.partition("=")[0] == "--ckpt_path" for word in words)
-    return ["fit", *words] if resumes else ["fit", "--config", "distill", *words]
+    return ["fit", *words] if resumes else ["fit", "--config", _RECIPE_OF[verb], *words]
 
 
 def _own_words(error: FinetuneError) -> str:

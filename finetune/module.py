@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torchmetrics import MetricCollection
 
 from finetune import checkpoints
-from finetune.backbones import checkpoint_gradients, create_model, initialise, input_spec_of
+from finetune.backbones import build_bottleneck, checkpoint_gradients, create_model, initialise, input_spec_of
 from finetune.errors import DataError
 from finetune.freezing import Phase, phase_at, plan
 from finetune.head_start import HeadInit, start_head
@@ -50,6 +50,8 @@ class FinetuneModule(StagedModule):
         num_classes: Number of classes. The command takes it from the data.
         class_names: Their names in the order of the labels. The command, and a trainer, take them from the data.
         backbone_args: Further arguments of the backbone, such as {drop_rate: 0.2, drop_path_rate: 0.1}.
+        bottleneck: Width of a layer between backbone and head (linear, BatchNorm, ReLU), which learns at the head's rate; none
+            if null.
         weights: Where the weights come from: auto (hub, else bundled, else package), hub, bundled, package, none, a
             .safetensors or .pth file, or a checkpoint of this toolkit.
         partial_weights: Accept a weights file that does not fill the whole backbone; what is missing starts random.
@@ -107,6 +109,7 @@ class FinetuneModule(StagedModule):
         num_classes: int,
         class_names: list[str] | None = None,
         backbone_args: dict[str, Any] | None = None,
+        bottleneck: int | None = None,
         weights: str = "auto",
         partial_weights: bool = False,
         init: Literal["default", "kaiming"] = "default",
@@ -154,7 +157,8 @@ class FinetuneModule(StagedModule):
         self.input_spec = input_spec_of(self.backbone)
         classifier, self.stages = split_head(self.backbone)
         self.classifier_name = classifier.name
-        self.head: nn.Module = nn.Linear(classifier.in_features, num_classes)
+        self.embedding = build_bottleneck(classifier.in_features, bottleneck)
+        self.head: nn.Module = nn.Linear(bottleneck or classifier.in_features, num_classes)
         self.dropout = nn.Dropout(dropout)
         self.objective = Objective(self.hparams)
         initialise(self.backbone, self.head, init, bn_momentum=bn_momentum, bn_eps=bn_eps)
@@ -238,7 +242,7 @@ class FinetuneModule(StagedModule):
         if split == "train":
             loss = loss + self.objective.pull(self)
         self._metrics_of(split).update(logits.detach(), labels)
-        self._log_loss(split, loss, len(labels))
+        self._log_loss(split, loss, len(labels), add_dataloader_idx=False)
         return {"loss": loss, "logits": logits.detach(), "labels": labels}
 
     def _log_loss(self, split: str, loss: Tensor, number: int, **options: Any) -> None:

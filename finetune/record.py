@@ -7,7 +7,7 @@ It is written when training starts, after every epoch and at the end, whole or n
     command     the words that started the run; resumed: those that went on with it, and when
     started, updated, seconds   when it was started and last written, and how long it has trained in all
     version, versions, git, hardware
-    data        root, classes, counts of the pictures per split and class, fingerprint
+    data        root, classes, counts of the pictures per split and class, fingerprint; target, of domain adaptation
     weights     what was used of the pretrained weights, with a summary of one line
     stages      per stage: parameters, lr (the highest), trains_from_epoch (null if it never does)
     phases      per freezing phase: start, end (the epoch before which it ends), train, norms
@@ -177,11 +177,13 @@ def describe_data(data: Any, module: Any = None) -> dict[str, Any]:
     """
     folder = getattr(data, "folder", None)
     if isinstance(folder, PictureFolder):
+        target = getattr(data, "describe_target", None)
         return {
             "root": str(folder.root.absolute()),
             "classes": list(folder.classes),
             "counts": {split: folder.counts(split) for split in SPLITS},
             "fingerprint": fingerprint(folder),
+            **({"target": target()} if target else {}),
         }
     root = getattr(data, "root", None)
     names = getattr(data, "classes", None) or getattr(module, "class_names", None) or []

@@ -153,6 +153,9 @@ def _facts(files: RunFiles) -> Iterator[tuple[str, str]]:
     data = record.get("data") or {}
     if root := data.get("root") or options.get("data.root") or options.get("data.pictures"):
         yield "data", value_text(root)
+    if target := data.get("target"):
+        counts = ", ".join(f"{number:,} for {split}" for split, number in target["counts"].items() if number)
+        yield "target", f"{target['root']} ({counts})"
     if data.get("fingerprint"):
         yield "fingerprint", str(data["fingerprint"])[:16]
     for name, paths in _OPTIONS.items():

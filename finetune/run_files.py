@@ -26,7 +26,8 @@ from finetune.sample import BUILT_IN
 
 RECORD, METRICS, GRADIENTS, AUGMENTED = "record.json", "metrics.csv", "gradients.csv", "augmented.jpg"
 EXPLAINED = "explained.png"
-PREDICTIONS = {"test": "predictions.test.csv", "val": "predictions.val.csv"}
+DOMAINS = "domains.json"  # of domain adaptation
+PREDICTIONS = {split: f"predictions.{split}.csv" for split in ("test", "target", "val")}
 RATE = "lr/"
 
 Row = dict[str, str]
@@ -65,6 +66,15 @@ class RunFiles:
         except ValueError:
             return {}
         return found if isinstance(found, dict) else {}
+
+    @cached_property
+    def domains(self) -> dict[str, Any]:
+        """What `domains.json` says of the features of both domains, or nothing."""
+        with contextlib.suppress(ValueError):
+            found = json.loads(_text(self.folder / DOMAINS))
+            if isinstance(found, dict):
+                return found
+        return {}
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -200,7 +210,7 @@ class RunFiles:
         step = numbers.get("step", math.nan)
         if self.steps_per_epoch is None:
             return step
-        measured = any(name.startswith(("train/", "val/", "test/")) for name in numbers)
+        measured = any(name.startswith(("train/", "val/", "test/", "target/", "oracle/")) for name in numbers)
         return (step + measured) / self.steps_per_epoch
 
 

@@ -1,5 +1,7 @@
 """Built-in data, so that a first run needs no download: the 1,797 handwritten digits that come with scikit-learn.
 
+`digits_m` are some of them in another domain: on crops of the two photographs that come with scikit-learn, too.
+
 They are real (8 x 8 pixels from 43 people, 17 grey levels; Alpaydin & Kaynak 1998, the test part of the UCI set "Optical
 Recognition of Handwritten Digits"). As a folder of pictures they take the same way through the toolkit as anyone's own data.
 """
@@ -40,15 +42,43 @@ def digits_folder() -> Path:
     Raises:
         DataError: If the folder cannot be written.
     """
-    folder = cache_folder() / "digits-v1"
-    if _is_complete(folder):
+    return _made("digits-v1", "*/*/*.png", _NUMBER, _write_digits)
+
+
+def digits_m_folder() -> Path:
+    """Return the folder of the digits on photographs, `<digit>/<index>.png`, and make it if it is not there yet.
+
+    They are the digits that `digits_folder` holds out for validation and test, so none of its training pictures is among them.
+    A picture is the absolute difference of a digit and half of a crop of a photograph, as in MNIST-M (Ganin et al. 2016), whose
+    crops have their full strength.
+
+    Raises:
+        DataError: If the folder cannot be written.
+    """
+    number = sum(1 for part in ("val", "test") for _ in (digits_folder() / part).glob("*/*.png"))
+    return _made("digits-m-v1", "*/*.png", number, _write_digits_m)
+
+
+BUILT_IN: Mapping[str, Callable[[], Path]] = MappingProxyType({"digits": digits_folder, "digits_m": digits_m_folder})
+"""Names of built-in data and the functions that return their folders."""
+
+
+def _made(name: str, pattern: str, number: int, write: Callable[[Path], None]) -> Path:
+    """Return a folder of the cache, made by `write` unless it holds its number of pictures; several processes may ask."""
+    folder = cache_folder() / name
+
+    def complete() -> bool:
+        """Count the pictures, as programs that clean caches delete single files."""
+        return sum(1 for _ in folder.glob(pattern)) == number
+
+    if complete():
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".digits-", dir=folder.parent))
         try:
-            _write_digits(temporary / "new")
-            _put_in_place(temporary / "new", folder, old=temporary / "old")
+            write(temporary / "new")
+            _put_in_place(temporary / "new", folder, temporary / "old", complete)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
@@ -59,24 +89,15 @@ def digits_folder() -> Path:
     return folder
 
 
-BUILT_IN: Mapping[str, Callable[[], Path]] = MappingProxyType({"digits": digits_folder})
-"""Names of built-in data and the functions that return their folders."""
-
-
-def _is_complete(folder: Path) -> bool:
-    """Count the pictures, as programs that clean caches delete single files."""
-    return sum(1 for _ in folder.glob("*/*/*.png")) == _NUMBER
-
-
-def _put_in_place(new: Path, folder: Path, old: Path) -> None:
+def _put_in_place(new: Path, folder: Path, old: Path, complete: Callable[[], bool]) -> None:
     """Rename the new folder; of two processes that do so at once, one wins and the other takes its result."""
-    if folder.exists() and not _is_complete(folder):
+    if folder.exists() and not complete():
         with contextlib.suppress(FileNotFoundError):  # another process has just done so
             folder.rename(old)
     try:
         new.rename(folder)
     except OSError:
-        if not _is_complete(folder):
+        if not complete():
             raise
 
 
@@ -93,6 +114,23 @@ def _write_digits(folder: Path) -> None:
             target.mkdir(parents=True)
             for index in members:
                 _picture(data.images[index]).save(target / f"{index:04d}.png")
+
+
+def _write_digits_m(folder: Path) -> None:
+    from sklearn.datasets import load_sample_images
+
+    photos = load_sample_images().images
+    digits = digits_folder()
+    for file in sorted([*(digits / "val").glob("*/*.png"), *(digits / "test").glob("*/*.png")], key=lambda path: path.stem):
+        random = np.random.default_rng(seed_of("digits_m", file.stem))
+        photo = photos[random.integers(len(photos))]
+        top, left = (random.integers(side - 32 + 1) for side in photo.shape[:2])
+        with Image.open(file) as picture:
+            digit = np.asarray(picture.convert("RGB"), float)
+        blended = np.abs(digit - 0.5 * photo[top : top + 32, left : left + 32])
+        target = folder / file.parent.name / file.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.rint(blended).astype(np.uint8)).save(target)
 
 
 def _picture(values: np.ndarray) -> Image.Image:

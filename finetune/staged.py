@@ -31,6 +31,7 @@ class StagedModule(L.LightningModule):
     Attributes:
         backbone: The network without its classifier: pictures to features.
         stages: Its stages, in order.
+        embedding: What features pass before the head sees them; the identity if nothing.
         head: Features to logits.
         dropout: What of the features the head does not see in training.
         input_spec: The input that the weights expect.
@@ -41,6 +42,7 @@ class StagedModule(L.LightningModule):
 
     backbone: nn.Module
     stages: tuple[Stage, ...]
+    embedding: nn.Module
     head: nn.Module
     dropout: nn.Module
     input_spec: InputSpec
@@ -88,8 +90,8 @@ class StagedModule(L.LightningModule):
         """Map pictures (N, 3, H, W), or what was kept of them, to what the head sees (N, C)."""
         if isinstance(images, Kept):
             activation = images.activation.to(self.mean.dtype)
-            return self.boundaries.upper(activation, images.stage).flatten(1)
-        return self.backbone(self.normalise(images)).flatten(1)  # type: ignore[no-any-return]
+            return self.embedding(self.boundaries.upper(activation, images.stage).flatten(1))  # type: ignore[no-any-return]
+        return self.embedding(self.backbone(self.normalise(images)).flatten(1))  # type: ignore[no-any-return]
 
     def lower(self, images: Tensor, stage: str) -> Tensor:
         """Run pictures (N, 3, H, W) through the stages up to and including one: → what the next stage gets."""

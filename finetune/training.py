@@ -21,11 +21,14 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from tabulate import tabulate
 
 from finetune import checkpoints, hardware, progress, slurm
+from finetune.adapt import AdaptModule
 from finetune.arguments import resolve
 from finetune.augmented import AugmentedPictures
 from finetune.averaging import AVERAGED, BestEpochs, PhaseEMA
 from finetune.callbacks import EpochLine, PhaseEarlyStopping
 from finetune.defaults import RunOptions, trainer_defaults
+from finetune.domain_table import domain_table
+from finetune.domains import measure_domains
 from finetune.errors import CheckpointError, ConfigError, FinetuneError
 from finetune.explain import draw_mistakes
 from finetune.gradient_flow import GradientFlow
@@ -404,6 +407,9 @@ class FinetuneCLI(LightningCLI):
         if self._has_test():
             results = self.trainer.test(datamodule=self.datamodule, ckpt_path=str(chosen), weights_only=True, verbose=False)
             rank_zero_print(_metric_table(results))
+        if isinstance(self.model, AdaptModule) and self.trainer.is_global_zero:
+            name = type(self.model.adaptation).__name__
+            rank_zero_print(f"\n{domain_table({name: self.run_folder})}\n")
         self._write_report(self.run_folder)
         run = _relative(self.run_folder)
         kept = [*self.run_folder.glob("*.*"), *(self.run_folder / CHECKPOINTS).glob("*.ckpt")]
@@ -427,6 +433,7 @@ class FinetuneCLI(LightningCLI):
             if isinstance(self.model, FinetuneModule) and self.model.classifies:
                 with contextlib.suppress(FinetuneError):  # data without files: there is nothing to look at
                     draw_mistakes(run)
+                    measure_domains(run)
             write_report(run)
         except Exception as error:  # whatever is wrong with a figure, the training is done
             print(f"warning: The report could not be written ({error}). Try again: resnet-finetune report {_relative(run)}")

@@ -1,4 +1,4 @@
-"""The help of `fit`, `validate`, `test` and `distill`."""
+"""The help of `fit`, `validate`, `test`, `distill` and `adapt`."""
 
 from __future__ import annotations
 
@@ -8,23 +8,30 @@ from typing import Any
 import lightning as L
 from jsonargparse import ArgumentParser
 
+from finetune.adapt import AdaptModule
+from finetune.adapt_data import AdaptDataModule
 from finetune.data import FolderDataModule
 from finetune.defaults import RunOptions, trainer_defaults
 from finetune.distill import DistillModule
 from finetune.distill_data import DistillDataModule
 from finetune.module import FinetuneModule
 
+_CLASSES: dict[str, tuple[Any, Any, str]] = {
+    "distill": (DistillModule, DistillDataModule, "--data.pictures FOLDER"),
+    "adapt": (AdaptModule, AdaptDataModule, "--data.root SOURCE --data.target TARGET"),
+}
+
 
 def help_text(verb: str) -> str:
     """Return the options that matter, with what they mean; Lightning's own help hides those of model and data.
 
     Args:
-        verb: `fit`, `validate`, `test` or `distill`.
+        verb: `fit`, `validate`, `test`, `distill` or `adapt`.
     """
-    distills = verb == "distill"
+    model, data, first = _CLASSES.get(verb, (FinetuneModule, FolderDataModule, "--data.root FOLDER"))
     parser = ArgumentParser(
         prog=f"resnet-finetune {verb}",
-        usage=f"resnet-finetune {verb} [--config RECIPE] [{'--data.pictures' if distills else '--data.root'} FOLDER] [OPTIONS]",
+        usage=f"resnet-finetune {verb} [--config RECIPE] [{first}] [OPTIONS]",
         description="Every option can also stand in a YAML file, as in the recipes. --model CLASS and --data CLASS take "
         "classes of your own.",
         epilog=f"All options of Lightning's Trainer: resnet-finetune {verb} --help_all",
@@ -41,8 +48,11 @@ def help_text(verb: str) -> str:
     parser.add_argument("--trust", help="a package that the configuration may name classes of (docs/damaged_data.md)")
     parser.add_argument("--seed_everything", type=int, default=0, help="seed of all that is random but the split")
     parser.add_class_arguments(RunOptions, "run")
-    parser.add_class_arguments(DistillDataModule if distills else FolderDataModule, "data")
-    parser.add_class_arguments(DistillModule if distills else FinetuneModule, "model", skip={"num_classes", "class_names"})
+    if verb == "adapt":
+        text = "also train with --model.adaptation SourceOnly and AdaBN, and print one table; the same with fit"
+        parser.add_argument("--compare", action="store_true", help=text)
+    parser.add_class_arguments(data, "data")
+    parser.add_class_arguments(model, "model", skip={"num_classes", "class_names"})
     shown = {"max_epochs", "max_steps", "accelerator", "devices", "precision", "fast_dev_run", "gradient_clip_val"}
     shown |= {"accumulate_grad_batches", "limit_train_batches"}
     hidden: set[Any] = set(inspect.signature(L.Trainer.__init__).parameters) - shown - {"self"}

@@ -65,8 +65,10 @@ def test_links_and_options_in_the_text_exist(page):
     text = page.read_text()
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         assert target.startswith("https://") or (page.parent / target).exists(), target
-    hparams = finetune.DistillModule(backbone="test_resnet", num_classes=2, weights="none").hparams  # and those of its base
-    data = {*finetune.FolderDataModule("digits").hparams, *finetune.DistillDataModule("digits").hparams}
+    kinds = finetune.DistillModule, finetune.AdaptModule  # which have the options of their base, too
+    hparams = {name for kind in kinds for name in kind(backbone="test_resnet", num_classes=2, weights="none").hparams}
+    modules = finetune.FolderDataModule, finetune.DistillDataModule, finetune.AdaptDataModule
+    data = {name for kind in modules for name in kind("digits").hparams}
     for option in re.findall(r"--model\.([a-z_]+)", text):
         assert option in hparams or f"{option}: int" in text, option  # or it is one of the page's own class
     for option in re.findall(r"--data\.([a-z_]+)", text):

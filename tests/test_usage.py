@@ -6,7 +6,7 @@ import re
 import lightning as L
 import pytest
 
-from finetune import FinetuneModule, FolderDataModule
+from finetune import AdaptDataModule, FinetuneModule, FolderDataModule
 from finetune.main import main
 from finetune.usage import help_text
 
@@ -36,6 +36,13 @@ def test_every_option_is_explained_and_has_its_default(section, kind):
         if isinstance(parameter.default, str | float) and not isinstance(parameter.default, bool):
             assert f"default: {parameter.default}" in entry, entry
     assert not {f"--model.{name}" for name in from_data} & set(said)
+
+
+def test_adapt_explains_what_it_takes():
+    text = help_text("adapt")
+    names = [f"--data.{name}" for name in inspect.signature(AdaptDataModule).parameters]
+    for option in [*names, "--model.adaptation", "--model.joint_bn", "--model.bottleneck", "--compare"]:
+        assert f"{option}" in text
 
 
 def test_the_trainers_other_options_are_behind_another_word(capsys):

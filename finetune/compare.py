@@ -1,0 +1,75 @@
+"""A method of domain adaptation beside its two floors, trained with the same budget: the source alone, and AdaBN.
+
+Most of what a method seems to gain may be the BatchNorm statistics of the target, which AdaBN has for nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from finetune.domain_table import domain_table
+from finetune.errors import ConfigError
+from finetune.runs import new_run
+
+FLOORS = ("SourceOnly", "AdaBN")
+_OPTION = "--model.adaptation"
+_MAIN = "import sys; from finetune.main import main; main(sys.argv[1:])"
+
+
+def compare(words: Sequence[str]) -> None:
+    """Train a method and its floors, each in a process of its own, and print one table.
+
+    Args:
+        words: `fit` and its options, as the user typed them.
+
+    Raises:
+        ConfigError: If a run is to be resumed.
+        SystemExit: If a training fails; those that are done are in the table all the same.
+    """
+    if any(word.partition("=")[0] == "--ckpt_path" for word in words):
+        raise ConfigError("--compare trains anew: leave out --ckpt_path, or leave out --compare.")
+    folder, name = _value(words, "--run.folder") or "runs", _value(words, "--run.name") or "domain_adaptation"
+    home = new_run(Path(folder), f"{name}-compared")
+    trainings = {"as asked": list(words), **{floor: [*without_method(words), _OPTION, floor] for floor in FLOORS}}
+    runs: dict[str, Path] = {}
+    failed = 0
+    for number, (title, options) in enumerate(trainings.items(), start=1):
+        print(f"\n=== {title}: training {number} of {len(trainings)}", flush=True)
+        command = [*options, "--run.folder", str(home), "--run.name", title.replace(" ", "_")]
+        failed = subprocess.run([sys.executable, "-c", _MAIN, *command], check=False).returncode
+        if failed:
+            print(f"\n{title} ended with exit code {failed}.", file=sys.stderr)
+            break
+        runs[title] = max((home / title.replace(" ", "_")).iterdir())
+    if runs:
+        print(f"\n{domain_table(runs)}\nfiles  {home}")
+    if failed:
+        raise SystemExit(failed)
+
+
+def without_method(words: Sequence[str]) -> list[str]:
+    """Return words without the choice of a method and without its options.
+
+    >>> without_method(["fit", "--model.adaptation", "CDAN", "--model.adaptation.hidden=8", "--model.lr", "0.1"])
+    ['fit', '--model.lr', '0.1']
+    """
+    kept: list[str] = []
+    waiting = iter(words)
+    for word in waiting:
+        name, equals, _ = word.partition("=")
+        if name != _OPTION and not name.startswith(f"{_OPTION}."):
+            kept.append(word)
+        elif not equals:
+            next(waiting, None)
+    return kept
+
+
+def _value(words: Sequence[str], option: str) -> str | None:
+    """Return the last value that was given for an option."""
+    found = [word.partition("=")[2] for word in words if word.startswith(f"{option}=")]
+    found += [value for word, value in itertools.pairwise(words) if word == option]
+    return found[-1] if found else None
