@@ -43,7 +43,7 @@ QUIET = {
     "enable_model_summary": False,
 }
 FIELDS = ["backbone", "folder", "shots", "size", "epochs", "way", "seed", "accuracy", "macro", "seconds"]
-EVERYTHING = {"freezing": "full", "lr_decay": 1.0, "head_init": "default", "bn": "auto"}
+EVERYTHING = {"freezing": "full", "lr": 1e-3, "lr_scale": None, "head_init": "default", "bn": "auto"}
 RECIPES = ("small", "large", "linear_probe", "few_shot")
 VARIANTS: Mapping[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # recipe, what differs in the model, in the data
     "head": ("small", {"freezing": "head"}, {}),

@@ -115,6 +115,7 @@ def _with_default_classes(words: list[str]) -> list[str]:
     return [*words[:1], "--model", "finetune.FinetuneModule", "--data", "finetune.FolderDataModule", *words[1:]]
 
 
+_FROM_RANDOM = {"freezing": "full", "bn": "train", "head_init": "default", "lr": 1e-3, "lr_decay": 1.0, "lr_scale": None}
 _STRICT = {"allow_abbrev": False}
 _PARSER_OPTIONS = {"prog": "resnet-finetune", "version": __version__, **_STRICT}
 _PARSER_OPTIONS |= dict.fromkeys(("fit", "validate", "test"), _STRICT)
@@ -249,7 +250,7 @@ class FinetuneCLI(LightningCLI):
         options.weights = "none"
         if "reuse" in data and "--data.reuse" not in self.typed:
             data["reuse"] = "off"
-        for name, value in {"freezing": "full", "bn": "train", "lr_decay": 1.0}.items():
+        for name, value in _FROM_RANDOM.items():
             if f"--model.{name}" not in self.typed:
                 options[name] = value
         rank_zero_print(
