@@ -69,9 +69,9 @@ def test_links_and_options_in_the_text_exist(page):
     hparams = {name for kind in kinds for name in kind(backbone="test_resnet", num_classes=2, weights="none").hparams}
     modules = finetune.FolderDataModule, finetune.DistillDataModule, finetune.AdaptDataModule
     data = {name for kind in modules for name in kind("digits").hparams}
-    for option in re.findall(r"--model\.([a-z_]+)", text):
+    for option in re.findall(r"--model\.([a-z_0-9]+)", text):
         assert option in hparams or f"{option}: int" in text, option  # or it is one of the page's own class
-    for option in re.findall(r"--data\.([a-z_]+)", text):
+    for option in re.findall(r"--data\.([a-z_0-9]+)", text):
         assert option in data, option
 
 

@@ -35,12 +35,12 @@ def fails(words, capsys):
 def test_help_names_every_verb_and_its_examples_name_no_other(capsys, words):
     main(words)
     said = capsys.readouterr().out
-    verbs = re.findall(r"^  (\w+)  +\S", said.partition("verbs:")[2].partition("examples:")[0], re.MULTILINE)
+    verbs = re.findall(r"^  ([\w-]+)  +\S", said.partition("verbs:")[2].partition("examples:")[0], re.MULTILINE)
     assert verbs == [
-        *("fit", "validate", "test", "distill", "check", "evaluate", "predict", "explain", "export"),
+        *("fit", "validate", "test", "lr-find", "adapt", "distill", "check", "evaluate", "predict", "explain", "export"),
         *("report", "stages", "weights", "recipes", "reuse"),
     ]
-    assert set(re.findall(r"^  resnet-finetune (\w+)", said, re.MULTILINE)) <= set(verbs)
+    assert set(re.findall(r"^  resnet-finetune ([\w-]+)", said, re.MULTILINE)) <= set(verbs)
     for verb in verbs:
         try:
             main([verb, "--help"])
@@ -55,8 +55,8 @@ def test_the_script_of_a_checkout_is_the_command(tmp_path):
     assert (version.returncode, version.stdout) == (0, f"resnet-finetune {finetune.__version__}\n")
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr == (
-        "error: There is no verb 'recipe'. Did you mean 'recipes'? Expected one of: fit, validate, test, lr-find, distill, "
-        "check, evaluate, predict, explain, export, report, stages, weights, recipes, reuse.\n"
+        "error: There is no verb 'recipe'. Did you mean 'recipes'? Expected one of: fit, validate, test, lr-find, adapt, "
+        "distill, check, evaluate, predict, explain, export, report, stages, weights, recipes, reuse.\n"
     )
 
 
