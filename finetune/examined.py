@@ -13,11 +13,12 @@ import os
 import sqlite3
 import sys
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import PIL
 import torch
+import torchvision
 from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -123,7 +124,7 @@ class _Memory:
             self.lock.release()
 
     def _open(self) -> None:
-        stamp = json.dumps([_VERSION, *(version(package) for package in ("pillow", "torchvision"))])
+        stamp = json.dumps([_VERSION, PIL.__version__, torchvision.__version__])
         self.base.execute(_TABLE)
         self.base.execute("CREATE TABLE IF NOT EXISTS stamp (text TEXT)")
         if self.base.execute("SELECT text FROM stamp").fetchall() != [(stamp,)]:
