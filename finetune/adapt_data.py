@@ -24,6 +24,8 @@ from finetune.sample import BUILT_IN
 from finetune.target import UNKNOWN, TargetFolder, scan_target
 from finetune.transforms import Augmentation, eval_transform, train_transform
 
+_DIGITS = 32  # pixels of the built-in digits
+
 
 class AdaptDataModule(FolderDataModule):
     """A source folder with labels and target folders without.
@@ -47,7 +49,7 @@ class AdaptDataModule(FolderDataModule):
         steps_per_epoch: Training batches per epoch; if null, as many as show the larger domain once.
         batch_size: Pictures of each domain per training step and device.
         augment: How much training pictures vary: none, light, medium or strong, as in `FolderDataModule`.
-        image_size: Height and width in pixels. By default what the weights expect, and 64 for the built-in digits.
+        image_size: Height and width in pixels. By default what the weights expect, and 32 for the built-in digits.
         hflip: Whether mirror images are the same class. By default yes, and no for the built-in digits.
         val_fraction: Share of each class of the source to validate with, if it has no validation split.
         test_fraction: Share of each class of the source to test with, if it has no test split.
@@ -79,7 +81,7 @@ class AdaptDataModule(FolderDataModule):
             root,
             batch_size=batch_size,
             augment=augment,
-            image_size=image_size,
+            image_size=_DIGITS if image_size is None and root in BUILT_IN else image_size,
             hflip=hflip,
             val_fraction=val_fraction,
             test_fraction=test_fraction,
