@@ -62,7 +62,7 @@ class Adaptation(nn.Module):
         Args:
             batch: Features and logits of both domains.
         """
-        raise NotImplementedError(f"{type(self).__name__} needs a method loss(batch) that returns a scalar.")
+        raise ConfigError(f"{type(self).__name__} needs a method loss(batch) that returns a scalar. Add one to it.")
 
 
 def describe(adaptation: Adaptation) -> dict[str, Any]:
