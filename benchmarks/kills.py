@@ -1,6 +1,6 @@
 """Runs that are killed with SIGKILL at random moments and resumed, against runs that are not: bit for bit, or not.
 
-    python benchmarks/kills.py --runs 20 --folder /tmp/kills
+    python benchmarks/kills.py --runs 20 --folder kills/
 
 Every run has an EMA of the weights, mixup, dropout, random augmentation, two processes that read pictures, and checkpoints also
 within epochs; the freezing policies take turns. What is done is kept in the folder, so the script itself may be stopped and
