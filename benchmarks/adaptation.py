@@ -56,7 +56,7 @@ def tasks(options: argparse.Namespace) -> Iterator[Task]:
             data = {"hflip": False, "image_size": 32, "steps_per_epoch": 100}
             yield Task(f"{source} -> {target}", SMALL, {**data, **folders}, 4)
     else:
-        model = {"backbone": "mobilenetv2_100", "weights": options.weights}
+        model = {"backbone": "mobilenetv2_100", "weights": options.weights, "lr_scale": 0.1}
         for target in ("art_painting", "cartoon", "sketch"):
             folders = {"root": str(root / "photo"), "target": str(root / target)}
             data = {"image_size": 96, "batch_size": 16, "steps_per_epoch": 25}
