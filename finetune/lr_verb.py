@@ -13,9 +13,10 @@ from finetune.errors import ConfigError
 from finetune.lr_find import STEPS, LearningRateSweep, write_curve
 from finetune.module import FinetuneModule
 from finetune.runs import new_run
+from finetune.training_cli import FinetuneCLI
 
 
-class LearningRateCLI(training.FinetuneCLI):
+class LearningRateCLI(FinetuneCLI):
     """Build what `fit` would build, but for everything that keeps a run, and sweep the learning rate."""
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:

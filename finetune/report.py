@@ -14,7 +14,7 @@ from finetune.figures import of_run
 from finetune.outcomes import Outcome
 from finetune.page import drawn, render, seconds, value_text, write_page
 from finetune.run_files import AUGMENTED, EXPLAINED, RunFiles, flat
-from finetune.runs import CHECKPOINTS, CONFIG
+from finetune.runs import CHECKPOINTS, CONFIG, as_typed
 from finetune.thumbnails import data_uri, thumbnail
 
 REPORT = "report.html"
@@ -69,7 +69,7 @@ def content(files: RunFiles) -> dict[str, Any]:
     rows = _metric_rows(files)
     return {
         "name": f"{files.folder.absolute().parent.name}/{files.folder.absolute().name}",
-        "path": typed(files.folder),
+        "path": as_typed(files.folder),
         "state": files.record.get("state"),
         "updated": _updated(files),
         "headline": _headline(files),
@@ -93,12 +93,6 @@ def content(files: RunFiles) -> dict[str, Any]:
         "config": _config_text(files),
         "versions": list(_versions(files)),
     }
-
-
-def typed(path: Path) -> str:
-    """Return a path as somebody in the working folder would type it."""
-    whole = path.absolute()
-    return str(whole.relative_to(Path.cwd()) if whole.is_relative_to(Path.cwd()) else whole)
 
 
 # -------------------------------------------------------------------------------------------------------------- the head
@@ -266,7 +260,7 @@ def _mistakes(outcome: Outcome, root: Path) -> Iterator[dict[str, Any]]:
 
 
 def _commands(files: RunFiles) -> Iterator[dict[str, str]]:
-    run = shlex.quote(typed(files.folder))
+    run = shlex.quote(as_typed(files.folder))
     words = [str(word) for word in files.record.get("command") or []]
     if words and os.path.basename(words[0]) in ("resnet-finetune", "cli.py", "__main__.py", "main.py"):
         words = words[1:]

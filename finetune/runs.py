@@ -27,6 +27,12 @@ RESUMED_CONFIG = "config.resumed.yaml"  # of the last resume, which may have pro
 _SHARED = "RESNET_FINETUNE_RUN"  # how the first process tells those that it starts
 
 
+def as_typed(path: Path) -> str:
+    """Return a path as somebody in the working folder would type it."""
+    whole = path.absolute()
+    return str(whole.relative_to(Path.cwd()) if whole.is_relative_to(Path.cwd()) else whole)
+
+
 def new_run(root: Path, name: str, job: Path | None = None) -> Path:
     """Make the folder of a new run; two runs that start in the same second get two folders.
 

@@ -185,7 +185,7 @@ def test_training_ends_with_a_report(fit, read_page):
 
 @pytest.mark.filterwarnings("ignore:.*no pretrained weights.*")
 def test_a_report_that_fails_does_not_fail_the_training(fit, monkeypatch, capsys):
-    monkeypatch.setattr("finetune.training.write_report", lambda run: 1 / 0)
+    monkeypatch.setattr("finetune.closing.write_report", lambda run: 1 / 0)
     run = fit()
     assert (run / "checkpoints" / "best.ckpt").is_file()
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: The report")]

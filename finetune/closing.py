@@ -1,0 +1,102 @@
+"""What follows a training: the best checkpoint is measured, the report is written, and the last lines say what to type next."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from tabulate import tabulate
+
+from finetune import checkpoints, progress
+from finetune.adapt import AdaptModule
+from finetune.averaging import BestEpochs
+from finetune.domain_table import domain_table
+from finetune.domains import measure_domains
+from finetune.errors import FinetuneError
+from finetune.explain import draw_mistakes
+from finetune.module import FinetuneModule
+from finetune.report import write_report
+from finetune.runs import CHECKPOINTS, as_typed
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    """Print on the first of several processes."""
+    print(text)
+
+
+def metric_table(results: Iterable[Mapping[str, float]]) -> str:
+    """Return a table of what a trainer's `validate` or `test` found."""
+    rows = [(name, f"{float(value):.4f}") for result in results for name, value in result.items()]
+    return tabulate(rows, headers=["metric", "value"], disable_numparse=True, colalign=("left", "right"))
+
+
+def close_run(run: Path, trainer: L.Trainer, best: ModelCheckpoint, epochs: BestEpochs | None, seconds: float) -> None:
+    """Test the best checkpoint if there is a test split, and say where things are and what to type next.
+
+    Args:
+        run: The run's folder.
+        trainer: The trainer behind its training.
+        best: Its checkpoint of the best epoch.
+        epochs: Its checkpoints of several good epochs, if their average was asked for.
+        seconds: What the training took.
+    """
+    with_data: Any = trainer
+    module, data = trainer.lightning_module, with_data.datamodule
+    chosen = Path(best.best_model_path or run / CHECKPOINTS / "last.ckpt")
+    if not chosen.is_file():
+        say("No checkpoint was written: the run ended before its first epoch did.")
+        return
+    score = best.best_model_score
+    if score is not None:
+        epoch = int(checkpoints.read(chosen)["epoch"]) + 1
+        say(f"\nbest   {best.monitor} {float(score):.4f} in epoch {epoch} ({as_typed(chosen)})")
+    chosen = _soup(trainer, epochs, score) or chosen
+    say(f"time   {progress.duration(seconds)} for training")
+    if _has_test(module, data):
+        results = trainer.test(datamodule=data, ckpt_path=str(chosen), weights_only=True, verbose=False)
+        say(metric_table(results))
+    if isinstance(module, AdaptModule) and trainer.is_global_zero:
+        say(f"\n{domain_table({type(module.adaptation).__name__: run})}\n")
+    _write_report(run, module)
+    kept = [*run.glob("*.*"), *(run / CHECKPOINTS).glob("*.ckpt")]
+    say(f"files  {as_typed(run)}/  ({', '.join(sorted(str(path.relative_to(run)) for path in kept))})")
+    if isinstance(module, FinetuneModule) and module.classifies:
+        say(f"next   resnet-finetune predict {shlex.quote(as_typed(run))} PICTURES --out predictions.csv")
+
+
+def _soup(trainer: L.Trainer, epochs: BestEpochs | None, best: Any) -> Path | None:
+    """Average the best epochs if that was asked for, and return the checkpoint if it is better than the best of them."""
+    value = None if epochs is None else epochs.average(trainer)
+    if epochs is None or value is None:
+        return None
+    better = best is not None and (value > float(best) if epochs.mode == "max" else value < float(best))
+    verdict = "better, and measured below" if better else "no better"
+    say(f"soup   {epochs.monitor} {value:.4f}, {verdict} ({as_typed(epochs.soup)})")
+    return epochs.soup if better else None
+
+
+@rank_zero_only
+def _write_report(run: Path, module: L.LightningModule) -> None:
+    try:
+        if isinstance(module, FinetuneModule) and module.classifies:
+            with contextlib.suppress(FinetuneError):  # data without files: there is nothing to look at
+                draw_mistakes(run)
+                measure_domains(run)
+        write_report(run)
+    except Exception as error:  # whatever is wrong with a figure, the training is done
+        print(f"warning: The report could not be written ({error}). Try again: resnet-finetune report {as_typed(run)}")
+
+
+def _has_test(module: L.LightningModule, data: Any) -> bool:
+    if not is_overridden("test_step", module, L.LightningModule):
+        return False
+    has = getattr(data, "has_test", None)
+    return bool(has) if has is not None else is_overridden("test_dataloader", data, L.LightningDataModule)
