@@ -2,8 +2,8 @@
 
     python benchmarks/lr_find.py photos/:30@96 --weights mobilenetv2_100=mobilenetv2.safetensors --recipe small --epochs 5
 
-The grid is 1e-5 to 1e-2 in steps of the square root of 10; each rate trains from the same start, and the one with the smallest
-loss on the validation pictures after the last epoch is the best.
+The grid is the recipe's rate and three below and above it, in steps of the square root of 10; each trains from the same start,
+and the one with the smallest loss on the validation pictures after the last epoch is the best.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from finetune import FinetuneModule, FolderDataModule
 from finetune.lr_find import find_lr
 from finetune.recipe_files import find_recipe
 
-GRID = [10 ** (-5 + step / 2) for step in range(7)]
+GRID = [10 ** (step / 2) for step in range(-3, 4)]  # times the rate of the recipe
 
 
 def main() -> None:
@@ -43,11 +43,11 @@ def main() -> None:
         with quiet():
             curve = find_lr(module, data, enable_progress_bar=False)
         found = curve.suggestion()
-        losses = {}
-        for rate in GRID:
+        losses, grid = {}, [recipe["model"]["lr"] * factor for factor in GRID]
+        for rate in grid:
             losses[rate] = trained(row, recipe, backbone, weights, rate, options.epochs)
             print(f"{text} {rate:.2g}: loss {losses[rate][0]:.4f}, accuracy {losses[rate][1]:.4f}", flush=True)
-        best = min(GRID, key=lambda rate: losses[rate][0])
+        best = min(grid, key=lambda rate: losses[rate][0])
         ratio = max(found / best, best / found)
         lowest = curve.rates[min(range(len(curve.rates)), key=curve.smooth().__getitem__)]
         rows.append([text.rpartition("/")[2], f"{found:.2g}", f"{best:.2g}", f"{ratio:.1f}", f"{lowest:.2g}"])

@@ -31,6 +31,8 @@ from tabulate import tabulate
 from torch import nn
 
 from finetune import FinetuneModule, FolderDataModule
+from finetune.averaging import average_of
+from finetune.defaults import RunOptions
 from finetune.folders import PictureFolder
 from finetune.recipe_files import find_recipe
 from finetune.subsets import drawing
@@ -45,26 +47,39 @@ QUIET = {
 FIELDS = ["backbone", "folder", "shots", "size", "epochs", "way", "seed", "accuracy", "macro", "seconds"]
 EVERYTHING = {"freezing": "full", "lr": 1e-3, "lr_scale": None, "head_init": "default", "bn": "auto"}
 RECIPES = ("small", "large", "linear_probe", "few_shot")
-VARIANTS: Mapping[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # recipe, what differs in the model, in the data
-    "head": ("small", {"freezing": "head"}, {}),
-    "norm": ("small", {"freezing": "norm"}, {}),
-    "last:2": ("small", {"freezing": "last:2"}, {}),
-    "lp_ft": ("small", {"freezing": "lp_ft"}, {}),
-    "gradual": ("small", {"freezing": "gradual"}, {}),
-    "full": ("small", {"freezing": "full"}, {}),
-    "bn_auto": ("small", {"bn": "auto"}, {}),
-    "bn_train": ("small", {"bn": "train"}, {}),
-    "bn_frozen": ("small", {"bn": "frozen"}, {}),
-    "head_default": ("small", {"head_init": "default"}, {}),
-    "weighted": ("small", {"class_weights": "balanced"}, {}),
-    "effective": ("small", {"class_weights": "effective"}, {}),
-    "sampled": ("small", {}, {"sampling": "balanced"}),
-    "focal": ("small", {"focal_gamma": 2.0}, {}),
-    "mixup": ("small", {"mixup": 0.2}, {}),
-    "cutmix": ("small", {"cutmix": 1.0}, {}),
-    "l2_sp": ("small", {"l2_sp": 0.1}, {}),
-    "one_rate": ("small", EVERYTHING, {}),
-    "one_rate/10": ("small", {**EVERYTHING, "lr": 1e-4}, {}),
+
+
+class Variant(NamedTuple):
+    """A recipe, and what differs from it in the options of the model, of the data and of the run."""
+
+    recipe: str = "small"
+    model: Mapping[str, Any] = {}
+    data: Mapping[str, Any] = {}
+    run: Mapping[str, Any] = {}
+
+
+VARIANTS = {
+    "head": Variant(model={"freezing": "head"}),
+    "norm": Variant(model={"freezing": "norm"}),
+    "last:2": Variant(model={"freezing": "last:2"}),
+    "lp_ft": Variant(model={"freezing": "lp_ft"}),
+    "gradual": Variant(model={"freezing": "gradual"}),
+    "full": Variant(model={"freezing": "full"}),
+    "bn_auto": Variant(model={"bn": "auto"}),
+    "bn_train": Variant(model={"bn": "train"}),
+    "bn_frozen": Variant(model={"bn": "frozen"}),
+    "head_default": Variant(model={"head_init": "default"}, run={"wise_ft": None}),
+    "not_mixed": Variant(run={"wise_ft": None}),
+    "ema": Variant(run={"wise_ft": None, "ema": 0.999}),
+    "weighted": Variant(model={"class_weights": "balanced"}),
+    "effective": Variant(model={"class_weights": "effective"}),
+    "sampled": Variant(data={"sampling": "balanced"}),
+    "focal": Variant(model={"focal_gamma": 2.0}),
+    "mixup": Variant(model={"mixup": 0.2}),
+    "cutmix": Variant(model={"cutmix": 1.0}),
+    "l2_sp": Variant(model={"l2_sp": 0.1}),
+    "one_rate": Variant(model=EVERYTHING, run={"wise_ft": None}),
+    "one_rate/10": Variant(model={**EVERYTHING, "lr": 1e-4}, run={"wise_ft": None}),
 }
 SINGLE = ("floor", "lightning")
 
@@ -145,7 +160,9 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--size", type=int, default=96, help="size of the input in pixels (default: 96)")
     parser.add_argument("--uneven", type=float, help="make folders uneven: the largest class has so many times the smallest")
-    parser.add_argument("--model", nargs="*", default=[], metavar="OPTION=VALUE", help="changes small and its variants")
+    parser.add_argument(
+        "--model", nargs="*", default=[], metavar="OPTION=VALUE", help="options of the model that differ from those of small"
+    )
     parser.add_argument("--label", default="", help="said behind the name of a way, where --model changes it")
     parser.add_argument("--out", type=Path, default=Path("quality.csv"))
     options = parser.parse_args()
@@ -202,13 +219,15 @@ def run(
             trainer, data = L.Trainer(max_epochs=1, **QUIET), row.data(seed, model, {})
             trainer.fit(Still(model), datamodule=data)
             return measure(model, data)
-        recipe, in_model, in_data = VARIANTS.get(way, (way, {}, {}))
-        options = yaml.safe_load(find_recipe("small" if way == "lightning" else recipe).read_text())
-        changes = changes if recipe == "small" else {}
-        model = start({**options["model"], **changes, **in_model})
-        data = row.data(seed, model, {**options["data"], **in_data})
+        variant = VARIANTS["one_rate" if way == "lightning" else way] if way not in RECIPES else Variant(way)
+        options = yaml.safe_load(find_recipe(variant.recipe).read_text())
+        changes = changes if variant.recipe == "small" else {}
+        model = start({**options["model"], **changes, **variant.model})
+        data = row.data(seed, model, {**options["data"], **variant.data})
         trained = Documented(model) if way == "lightning" else model
-        L.Trainer(max_epochs=epochs, **QUIET).fit(trained, datamodule=data)
+        average = average_of(RunOptions(**{**options.get("run", {}), **variant.run}))
+        callbacks = [] if average is None else [average]
+        L.Trainer(max_epochs=epochs, callbacks=callbacks, **QUIET).fit(trained, datamodule=data)
         if way == "lightning":
             model.head = trained.classifier
         return measure(model, data)

@@ -1,8 +1,8 @@
-"""Averages of weights: a moving one during training, and one of the best epochs behind it."""
+"""Averages of weights: a moving one, one with those at the start of training, and one of the best epochs behind it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,28 @@ from finetune.stages import HEAD
 AVERAGED = "averaging_state"  # Lightning's entry in a checkpoint whose weights are an average
 
 
-class PhaseEMA(WeightAveraging):
-    """Exponential moving average of the weights; validation, checkpoints and what comes after the run see the average.
+class PhaseAverage(WeightAveraging):
+    """An average of weights that validation, checkpoints and what comes after the run see.
 
-    The average begins where the first phase that trains more than the head begins, and follows the weights until then: what a
-    new head went through is not worth remembering. After n steps the decay is min(decay, (1 + n) / (10 + n)), as TensorFlow's
-    ExponentialMovingAverage has it, so that short runs are not held at their start.
+    It begins where the first phase that trains more than the head begins, and follows the weights until then: what a new head
+    went through is not worth remembering.
+    """
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Restore the average and the weights behind it; a test needs the average alone, and the module has it."""
+        if self._average_model is not None:
+            super().on_load_checkpoint(trainer, pl_module, checkpoint)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Forget the average when training is over: a later validation shall not swap it in."""
+        self._average_model = None
+
+
+class PhaseEMA(PhaseAverage):
+    """Exponential moving average of the weights.
+
+    After n steps the decay is min(decay, (1 + n) / (10 + n)), as TensorFlow's ExponentialMovingAverage has it, so that short
+    runs are not held at their start.
 
     Args:
         decay: Share of the average that stays in each step, such as 0.999.
@@ -44,14 +60,112 @@ class PhaseEMA(WeightAveraging):
         if self._average_model is not None and trainer.global_step <= first_step(pl_module):
             self._average_model.n_averaged.zero_()  # the next update copies the weights
 
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Restore the average and the weights behind it; a test needs the average alone, and the module has it."""
-        if self._average_model is not None:
-            super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Forget the average when training is over: a later validation shall not swap it in."""
-        self._average_model = None
+class WiseFT(PhaseAverage):
+    """The weights between those that training began with and those it has reached: start + share * (now - start).
+
+    What pretrained weights knew is kept better, and few pictures are learnt by heart less (Wortsman et al. 2022, "Robust
+    fine-tuning of zero-shot models", who recommend a share of 0.5).
+
+    Args:
+        share: How far to go from the start, between 0 and 1.
+
+    Raises:
+        ConfigError: If the share is not between 0 and 1, or a head begins with random weights, as training does.
+    """
+
+    def __init__(self, share: float) -> None:
+        if not 0 < share < 1:
+            raise ConfigError(f"Expected run.wise_ft to be a share between 0 and 1, such as 0.5; found {share}.")
+        super().__init__()
+        self.share = share
+        self._start: dict[str, Tensor] = {}
+
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        """Leave the average to this class."""
+        return False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Remember the weights, unless a checkpoint brought those of the start."""
+        if self._start:
+            self._start = {name: tensor.to(pl_module.device) for name, tensor in self._start.items()}
+        else:
+            self._begin(pl_module)
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
+        """Refuse a random start, before the first step; the module knows its phases by now."""
+        report = getattr(pl_module, "weights_report", None)
+        random = report is not None and report.head == "new" and pl_module.hparams["head_init"] == "default"
+        if random and not trainer.global_step and not first_step(pl_module):
+            raise ConfigError(
+                "run.wise_ft mixes the trained weights with those at the start, and there this head is random. Let it be "
+                "solved for (--model.head_init logistic) or trained first (--model.freezing lp_ft), or leave the mixture out "
+                "(--run.wise_ft null)."
+            )
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
+        """Move the average, or let its start follow the weights as long as it has not begun."""
+        if trainer.global_step <= first_step(pl_module):
+            self._begin(pl_module)
+        elif self._average_model is not None:
+            now, averages = pl_module.state_dict(), self._average_model.module.state_dict()
+            floats = list(self._start)
+            between = torch._foreach_lerp([self._start[name] for name in floats], [now[name] for name in floats], self.share)
+            torch._foreach_copy_([averages[name] for name in floats], between)
+            for name in averages.keys() - self._start.keys():
+                averages[name].copy_(now[name])  # counters
+
+    def _begin(self, module: L.LightningModule) -> None:
+        now = module.state_dict()
+        self._start = {name: tensor.detach().clone() for name, tensor in now.items() if tensor.is_floating_point()}
+        if self._average_model is not None:
+            self._average_model.module.load_state_dict(now)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the start, which a resumed run needs."""
+        return {**super().state_dict(), "start": self._start}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the start from a checkpoint."""
+        super().load_state_dict(state_dict)
+        self._start = dict(state_dict["start"])
+
+
+def average_of(options: Any) -> PhaseAverage | None:
+    """Return the average that the options of a run ask for.
+
+    Args:
+        options: RunOptions, or a mapping's namespace with `ema` and `wise_ft`.
+    """
+    if options.ema is not None:
+        return PhaseEMA(options.ema)
+    return WiseFT(options.wise_ft) if options.wise_ft is not None else None
+
+
+def kind_of_average(checkpoint: Mapping[str, Any]) -> str | None:
+    """Return which average a checkpoint holds, as its option is called: `ema`, `wise_ft`, or None."""
+    if AVERAGED not in checkpoint:
+        return None
+    return "wise_ft" if WiseFT.__name__ in checkpoint.get("callbacks", {}) else "ema"
+
+
+def refuse_other_average(written: str | None, options: Any) -> None:
+    """Make sure that a resumed run averages as it did.
+
+    Args:
+        written: The kind that the checkpoint holds.
+        options: RunOptions.
+
+    Raises:
+        ConfigError: If the options ask for another one.
+    """
+    asked = "ema" if options.ema is not None else "wise_ft" if options.wise_ft is not None else None
+    if asked != written:
+        with_what = {None: "without an average of the weights", "ema": "with run.ema", "wise_ft": "with run.wise_ft"}
+        raise ConfigError(
+            f"The checkpoint was written {with_what[written]}, and now the run is {with_what[asked]}: a resumed run goes on as "
+            f"it was. Leave these options as they were, or start anew from the trained weights: --model.weights CHECKPOINT."
+        )
 
 
 def ema_step(averages: list[Tensor], weights: list[Tensor], steps: Tensor | int, decay: float) -> None:

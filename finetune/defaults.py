@@ -21,6 +21,8 @@ class RunOptions:
         patience: Stop after this many epochs of the last phase without a better metric; never if null.
         ema: Decay of a moving average of the weights, such as 0.999, which validation and checkpoints then see; none if null.
             It begins with the first phase that trains more than the head.
+        wise_ft: How far to go from the weights at the start to the trained ones, such as 0.5; all the way if null. Validation
+            and checkpoints see the weights between (WiSE-FT).
         soup: Average the weights of so many best epochs behind the run and keep them as soup.ckpt; none if null.
         seeds: Train so many times with seeds that follow each other, and print all results with their mean and spread.
         track: Where else to follow the run, with commas between: wandb, tensorboard; csv (metrics.csv) is always on. In short
@@ -42,6 +44,7 @@ class RunOptions:
     mode: Literal["max", "min"] | None = None
     patience: int | None = None
     ema: float | None = None
+    wise_ft: float | None = None
     soup: int | None = None
     seeds: int = 1
     track: str | list[str] = "csv"
@@ -62,6 +65,8 @@ class RunOptions:
             raise ConfigError(f"Expected run.save_every_minutes to be 0 or more, or null, found {self.save_every_minutes}.")
         if self.soup is not None and self.soup < 2:
             raise ConfigError(f"Expected run.soup to be at least 2 epochs, found {self.soup}.")
+        if self.ema is not None and self.wise_ft is not None:
+            raise ConfigError("run.ema and run.wise_ft are two averages of the weights: set one of them to null.")
         if self.seeds < 1:
             raise ConfigError(f"Expected run.seeds to be at least 1, found {self.seeds}.")
 

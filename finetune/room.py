@@ -13,6 +13,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 
+from finetune.averaging import WiseFT
 from finetune.errors import CheckpointError
 from finetune.store import format_bytes
 
@@ -25,11 +26,12 @@ def checkpoint_bytes(trainer: L.Trainer) -> int:
     Args:
         trainer: The trainer, whose optimizers are ready.
     """
-    averages = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    averages = sum(isinstance(callback, WeightAveraging) + isinstance(callback, WiseFT) for callback in callbacks)
     weights = tensor_bytes(trainer.lightning_module.state_dict())
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     kept: int = sum(_per_parameter(group) * p.nbytes for group in groups for p in group["params"])
-    return weights * (2 if averages else 1) + kept
+    return weights * (1 + averages) + kept
 
 
 def _per_parameter(group: Mapping[str, Any]) -> int:

@@ -10,7 +10,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from finetune.augmented import AugmentedPictures
-from finetune.averaging import BestEpochs, PhaseEMA
+from finetune.averaging import BestEpochs, average_of
 from finetune.callbacks import EpochLine, PhaseEarlyStopping
 from finetune.defaults import RunOptions
 from finetune.gradient_flow import GradientFlow
@@ -50,8 +50,8 @@ class RunCallbacks:
         if keep:
             self._keep(options, folder, mode)
         self.every.append(NonFiniteLoss(options.on_nonfinite))
-        if options.ema is not None:
-            self.every.append(PhaseEMA(options.ema))
+        if (average := average_of(options)) is not None:
+            self.every.append(average)
         if options.patience is not None:
             self.every.append(PhaseEarlyStopping(options.monitor, mode=mode, patience=options.patience))
         if options.gradients_every:

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from finetune import checkpoints, hardware, progress, slurm
-from finetune.averaging import AVERAGED
+from finetune.averaging import kind_of_average, refuse_other_average
 from finetune.closing import close_run, metric_table, say
 from finetune.defaults import RunOptions
 from finetune.errors import CheckpointError, ConfigError, FinetuneError
@@ -107,14 +107,26 @@ class FinetuneCLI(LightningCLI):
             raise ConfigError("--weights_only false would run code inside the checkpoint, which is never done. Leave it out.")
         if self.resumes is not None:
             self._look_into(self.resumes, config)
-        if "weights" not in options:
-            return
+        if "weights" in options:
+            self._settle_weights(config, options)
+        self._settle_average(config.run, options.get("weights"))
+
+    def _settle_weights(self, config: Any, options: Any) -> None:
+        """Say where weights come from: of a checkpoint, or from nowhere if it is only the built-in data."""
         root = (config.data.get("init_args") or {}).get("root")
         if self.resumes is not None:
             self._given_weights = options["weights"]
             config.model.init_args.weights = "none"  # the checkpoint brings them
         elif options["weights"] == "auto" and root in BUILT_IN and not obtainable(options["backbone"]):
             self._start_random(config.model.init_args, config.data.get("init_args") or {})
+
+    def _settle_average(self, run: Any, weights: Any) -> None:
+        """Leave out a recipe's mixture with pretrained weights where there are none, or another average is asked for."""
+        if run.wise_ft is None or "--run.wise_ft" in self.typed:
+            return
+        another, never = "--run.ema" in self.typed, self.resumes is not None and self.average is None
+        if another or never or (self.resumes is None and weights == "none"):
+            run.wise_ft = None
 
     def _checkpoint_of(self, config: Any) -> Path | None:
         """Return the checkpoint to start from: the one that is asked for, or that of a job which was requeued."""
@@ -134,7 +146,7 @@ class FinetuneCLI(LightningCLI):
         """Read a checkpoint before anything is built or written, and say what will be continued."""
         inside = checkpoints.read(checkpoint)
         self.done_steps, done = int(inside["global_step"]), progress_of(inside)[0]
-        self.averaged = AVERAGED in inside
+        self.average = kind_of_average(inside)
         self.stored = {key: inside.get(key) for key in ("hyper_parameters", "datamodule_hyper_parameters", checkpoints.KEY)}
         if self.subcommand == "fit":
             say(f"Resuming {as_typed(checkpoint)}: {progress_text(inside)}.")
@@ -179,12 +191,8 @@ class FinetuneCLI(LightningCLI):
         options = self._get(self.config_init, "run")
         self.run_folder: Path | None = None
         self._compare_classes()
-        if self.resumes is not None and self.subcommand == "fit" and self.averaged != (options.ema is not None):
-            raise ConfigError(
-                f"The checkpoint was written {'with' if self.averaged else 'without'} run.ema, and now it is "
-                f"{options.ema}: a resumed run goes on as it was. Leave run.ema as it was, or start a new run from the trained "
-                f"weights with --model.weights CHECKPOINT."
-            )
+        if self.resumes is not None and self.subcommand == "fit":
+            refuse_other_average(self.average, options)
         parse_names(options.track)  # before there is a folder
         self._warn_of_emulation(config["precision"])
         config["strategy"] = choose_strategy(config["strategy"], self.model, processes_of(config))

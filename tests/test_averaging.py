@@ -1,12 +1,13 @@
-"""The moving average against the recursion done by hand, and the soup against a mean of tensors."""
+"""The moving average against the recursion done by hand, the mixture with the start and the soup against means of tensors."""
 
 import lightning as L
 import pytest
 import torch
 
 from finetune import CheckpointError, ConfigError, FinetuneModule, FolderDataModule
-from finetune.averaging import PhaseEMA, soup
+from finetune.averaging import PhaseEMA, WiseFT, kind_of_average, refuse_other_average, soup
 from finetune.checkpoints import read
+from finetune.defaults import RunOptions
 
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
 
@@ -25,14 +26,26 @@ class Watch(L.Callback):
             self.validated.append({name: t.detach().clone() for name, t in module.state_dict().items()})
 
 
-def train(tmp_path, decay, epochs, freezing, ckpt_path=None, **options):
+class Stop(L.Callback):
+    """Writes half.ckpt behind the second epoch and stops."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_epoch_end(self, trainer, module):
+        if trainer.current_epoch == 1:
+            trainer.save_checkpoint(self.folder / "half.ckpt")
+            trainer.should_stop = True
+
+
+def train(tmp_path, average, epochs, freezing, ckpt_path=None, others=(), **options):
     L.seed_everything(0, verbose=False)
     data = FolderDataModule("digits", batch_size=64, image_size=32, workers=0, augment="none", shots=20)
-    module = FinetuneModule("test_resnet", num_classes=10, weights="none", freezing=freezing, lr=0.1, **options)
+    options = {"lr": 0.1, "weights": "none", **options}
+    module = FinetuneModule("test_resnet", num_classes=10, freezing=freezing, **options)
     watch = Watch()
-    trainer = L.Trainer(
-        max_epochs=epochs, default_root_dir=tmp_path, callbacks=[PhaseEMA(decay), watch], num_sanity_val_steps=0, **QUIET
-    )
+    callbacks = [average, watch, *others]
+    trainer = L.Trainer(max_epochs=epochs, default_root_dir=tmp_path, callbacks=callbacks, num_sanity_val_steps=0, **QUIET)
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     return trainer, module, watch
 
@@ -58,7 +71,7 @@ def close(state, expected):
 
 
 def test_validation_and_the_end_see_the_recursion_which_begins_with_the_second_phase(tmp_path):
-    trainer, module, watch = train(tmp_path, 0.9, 4, "lp_ft:2", bn="train")
+    trainer, module, watch = train(tmp_path, PhaseEMA(0.9), 4, "lp_ft:2", bn="train")
     per_epoch = trainer.num_training_batches
     averages = by_hand(watch.steps, 0.9, begin=2 * per_epoch)
     for epoch, seen in enumerate(watch.validated):
@@ -68,30 +81,76 @@ def test_validation_and_the_end_see_the_recursion_which_begins_with_the_second_p
     assert close(module.state_dict(), averages[-1])
 
 
-def test_a_resumed_run_goes_on_with_both_the_weights_and_the_average(tmp_path):
-    _, whole, _ = train(tmp_path, 0.99, 3, "full")
-
-    class Stop(L.Callback):
-        def on_train_epoch_end(self, trainer, module):
-            if trainer.current_epoch == 1:
-                trainer.save_checkpoint(tmp_path / "half.ckpt")
-                trainer.should_stop = True
-
-    L.seed_everything(0, verbose=False)
-    data = FolderDataModule("digits", batch_size=64, image_size=32, workers=0, augment="none", shots=20)
-    module = FinetuneModule("test_resnet", num_classes=10, weights="none", freezing="full", lr=0.1)
-    L.Trainer(max_epochs=3, default_root_dir=tmp_path, callbacks=[PhaseEMA(0.99), Stop()], **QUIET).fit(module, datamodule=data)
+@pytest.mark.parametrize("average", [lambda: PhaseEMA(0.99), lambda: WiseFT(0.3)])
+def test_a_resumed_run_goes_on_with_both_the_weights_and_the_average(tmp_path, average):
+    options = {"freezing": "full", "head_init": "zero"}
+    _, whole, _ = train(tmp_path, average(), 3, **options)
+    train(tmp_path, average(), 3, others=[Stop(tmp_path)], **options)
     inside = read(tmp_path / "half.ckpt")
     assert {"current_model_state", "averaging_state"} <= set(inside)
-    _, resumed, _ = train(tmp_path, 0.99, 3, "full", ckpt_path=tmp_path / "half.ckpt")
+    assert kind_of_average(inside) == ("ema" if isinstance(average(), PhaseEMA) else "wise_ft")
+    _, resumed, _ = train(tmp_path, average(), 3, ckpt_path=tmp_path / "half.ckpt", **options)
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
 
 
-def test_what_is_frozen_stays_bit_equal(tmp_path):
-    _, module, watch = train(tmp_path, 0.9, 2, "head", bn="frozen")
+@pytest.mark.parametrize("average", [PhaseEMA(0.9), WiseFT(0.6)])
+def test_what_is_frozen_stays_bit_equal(tmp_path, average):
+    _, module, watch = train(tmp_path, average, 2, "head", bn="frozen", head_init="zero")
     for name, tensor in module.backbone.state_dict().items():
         assert torch.equal(tensor, watch.steps[0][f"backbone.{name}"]), name
+
+
+def test_the_mixture_lies_between_the_start_and_each_step(tmp_path):
+    """Validation and the end see start + 0.3 (now - start), in float64; counters are those of now."""
+    started = []
+
+    class Start(L.Callback):
+        def on_train_start(self, trainer, module):
+            started.append({name: t.detach().clone() for name, t in module.state_dict().items()})
+
+    options = {"head_init": "ridge", "bn": "train"}
+    trainer, module, watch = train(tmp_path, WiseFT(0.3), 2, "full", others=[Start()], **options)
+    assert started[0]["head.weight"].abs().sum() > 0, "the head is solved before the start is remembered"
+    per_epoch = trainer.num_training_batches
+    for seen, step in [*zip(watch.validated, (per_epoch, 2 * per_epoch), strict=True), (module.state_dict(), 2 * per_epoch)]:
+        now = watch.steps[step - 1]
+        expected = {name: t.double() + 0.3 * (now[name].double() - t.double()) for name, t in started[0].items()}
+        assert close(seen, expected)
+        counters = [name for name in now if name.endswith("num_batches_tracked")]
+        assert all(torch.equal(seen[name], now[name]) for name in counters)
+        assert not close(seen, now)
+
+
+def test_the_mixture_starts_where_the_probe_ended(tmp_path):
+    trainer, module, watch = train(tmp_path, WiseFT(0.5), 2, "lp_ft:1")
+    start, now = watch.steps[trainer.num_training_batches - 1], watch.steps[-1]
+    assert close(watch.validated[0], start)
+    assert close(module.state_dict(), {name: (start[name].double() + now[name].double()) / 2 for name in now})
+
+
+def test_a_random_head_is_not_mixed_in(tmp_path):
+    with pytest.raises(ConfigError, match=r"this head is random.*head_init logistic"):
+        train(tmp_path, WiseFT(0.5), 1, "full")
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -1])
+def test_a_share_out_of_range(share):
+    with pytest.raises(ConfigError, match="between 0 and 1"):
+        WiseFT(share)
+
+
+@pytest.mark.parametrize(
+    ("written", "now"), [(None, {"ema": 0.9}), ("ema", {}), ("wise_ft", {"ema": 0.9}), ("ema", {"wise_ft": 0.5})]
+)
+def test_a_resumed_run_averages_as_it_did(written, now):
+    with pytest.raises(ConfigError, match="a resumed run goes on as it was"):
+        refuse_other_average(written, RunOptions(**now))
+
+
+def test_two_averages_are_one_too_many():
+    with pytest.raises(ConfigError, match="two averages"):
+        RunOptions(ema=0.9, wise_ft=0.5)
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, 2.0])

@@ -11,6 +11,8 @@ import torch
 import yaml
 from PIL import Image
 
+from finetune.averaging import kind_of_average
+from finetune.checkpoints import read
 from finetune.main import main
 from finetune.sample import digits_folder
 
@@ -327,6 +329,35 @@ def test_without_weights_the_built_in_data_start_from_random_ones_loudly(tmp_pat
     with pytest.raises(SystemExit):
         main(["fit", "--config", "linear_probe", *options, "--data.root", "photos"])
     assert "--model.weights none to start from random values" in capsys.readouterr().err.replace("set ", "")
+
+
+def test_a_recipes_mixture_is_for_pretrained_weights(tmp_path, capsys):
+    options = ["fit", "--config", "small", *TINY[2:4], "--data.workers", "0", "--data.image_size", "32"]
+    options += ["--trainer.limit_train_batches", "2", "--trainer.max_epochs"]
+
+    def average():
+        return yaml.safe_load((only_run(tmp_path, "small") / "config.yaml").read_text())["run"]["wise_ft"]
+
+    main([*options, "1", "--model.weights", "none", "--data.batch_size", "64"])
+    first = only_run(tmp_path, "small")
+    assert average() is None, "random weights are nothing to stay near"
+    main([*options, "2", "--model.weights", "none", "--data.batch_size", "64", "--ckpt_path", str(first)])  # the recipe says it
+    assert len(values(first, "val/acc")) == 2
+
+    (tmp_path / "runs").rename(tmp_path / "before")
+    weights = str(next((tmp_path / "before").rglob("best.ckpt")))
+    main([*options, "1", "--model.weights", weights])
+    second = only_run(tmp_path, "small")
+    assert kind_of_average(read(second / "checkpoints" / "last.ckpt")) == "wise_ft"
+    main([*options, "2", "--model.weights", weights, "--ckpt_path", "last"])
+    assert len(values(second, "val/acc")) == 2
+    with pytest.raises(SystemExit):
+        main([*options, "3", "--model.weights", weights, "--ckpt_path", "last", "--run.wise_ft", "null"])
+    assert "written with run.wise_ft, and now the run is without an average" in capsys.readouterr().err
+
+    (tmp_path / "runs").rename(tmp_path / "again")
+    main([*options, "1", "--model.weights", weights, "--run.ema", "0.9"])  # takes the place of the recipe's average
+    assert kind_of_average(read(only_run(tmp_path, "small") / "checkpoints" / "last.ckpt")) == "ema"
 
 
 def test_help_explains_the_options_of_model_and_data(capsys):
