@@ -7,12 +7,22 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from tiny import SMALL_PICTURES
 
 from finetune.compare import FLOORS, without_method
 from finetune.main import main
 
-TINY = ["--model.backbone", "test_resnet", "--model.weights", "none", "--data.image_size", "32", "--data.workers", "0"]
-TINY += ["--data.batch_size", "4", "--data.steps_per_epoch", "1", "--trainer.max_epochs", "1", "--run.gradients_every", "0"]
+TINY = [
+    *SMALL_PICTURES,
+    "--data.batch_size",
+    "4",
+    "--data.steps_per_epoch",
+    "1",
+    "--trainer.max_epochs",
+    "1",
+    "--run.gradients_every",
+    "0",
+]
 
 
 def test_words_without_the_method():

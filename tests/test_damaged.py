@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import SMALL_PICTURES
 
 import finetune
 from finetune import FolderDataModule
@@ -18,7 +19,6 @@ from finetune.folders import scan
 from finetune.left_out import leaving_out, look_before_training
 from finetune.main import main
 
-TINY = ["--model.backbone", "test_resnet", "--model.weights", "none", "--data.image_size", "32", "--data.workers", "0"]
 SKIP = ["--data.on_error", "skip"]
 pytestmark = pytest.mark.filterwarnings("ignore:.*no pretrained weights.*")
 
@@ -34,7 +34,7 @@ def damage(monkeypatch, tmp_path):
 
 def fit(*words, epochs=1):
     Path("run.yaml").write_text("seed_everything: 0\n")  # instead of the recipe that the pictures suggest
-    main(["fit", "--config", "run.yaml", *TINY, "--data.root", "photos", "--trainer.max_epochs", str(epochs), *words])
+    main(["fit", "--config", "run.yaml", *SMALL_PICTURES, "--data.root", "photos", "--trainer.max_epochs", str(epochs), *words])
 
 
 QUICKLY = ["--trainer.enable_checkpointing", "false"]  # no report at the end, either

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import NETWORK
 
 import finetune
 from finetune.findings import KINDS, SEVERITIES
@@ -15,16 +16,7 @@ from finetune.main import main
 
 ROOT = Path(finetune.__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-TINY = [
-    "--model.backbone",
-    "test_resnet",
-    "--model.weights",
-    "none",
-    "--trainer.max_epochs",
-    "2",
-    "--trainer.limit_train_batches",
-    "2",
-]
+TINY = [*NETWORK, "--trainer.max_epochs", "2", "--trainer.limit_train_batches", "2"]
 
 
 def blocks(page, language):

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from PIL import Image
+from tiny import TINY
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -387,19 +388,6 @@ def test_a_file_with_nan_is_named_by_the_command(tmp_path, monkeypatch, capsys):
 
 
 # -- the command --------------------------------------------------------------------------------------------------------------
-
-TINY = [
-    "--model",
-    "finetune.FinetuneModule",
-    "--model.backbone",
-    "test_resnet",
-    "--model.weights",
-    "none",
-    "--data.workers",
-    "0",
-    "--data.batch_size",
-    "64",
-]
 
 
 def test_the_command_measures_unless_told_not_to(tmp_path, monkeypatch, capsys):

@@ -13,6 +13,7 @@ import time
 import lightning as L
 import pytest
 import torch
+from tiny import TINY
 
 from finetune import FinetuneModule, FolderDataModule
 from finetune.environment import git_state, library_versions
@@ -21,18 +22,6 @@ from finetune.main import main
 from finetune.record import RunRecord, fingerprint, read_record
 from finetune.sample import digits_folder
 
-TINY = [
-    "--model",
-    "finetune.FinetuneModule",
-    "--model.backbone",
-    "test_resnet",
-    "--model.weights",
-    "none",
-    "--data.workers",
-    "0",
-    "--data.batch_size",
-    "64",
-]
 SHORT = [*TINY, "--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1"]
 COMMAND = [sys.executable, "-c", "from finetune.main import main; main()", "fit"]
 

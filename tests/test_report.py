@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from sklearn.metrics import precision_recall_fscore_support
+from tiny import TINY
 
 from finetune.main import main
 from finetune.outcomes import read_outcome
@@ -142,18 +143,6 @@ def test_the_guide_runs_as_written(past_run, tmp_path):
     assert (run / "report.html").is_file()
 
 
-TINY = [
-    "--model",
-    "finetune.FinetuneModule",
-    "--model.backbone",
-    "test_resnet",
-    "--model.weights",
-    "none",
-    "--data.workers",
-    "0",
-    "--data.batch_size",
-    "64",
-]
 SHORT = ["--trainer.max_epochs", "2", "--trainer.limit_train_batches", "2", "--model.freezing", "lp_ft"]
 
 

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import NETWORK
 
 import finetune
 from finetune import CheckpointError
 from finetune.main import main
 from finetune.resuming import compare_data, compare_run, progress_text
 
-TINY = ["--model.backbone", "test_resnet", "--model.weights", "none", "--data.workers", "0", "--data.image_size", "32"]
+TINY = [*NETWORK, "--data.workers", "0", "--data.image_size", "32"]
 TINY += [
     "--data.batch_size",
     "32",

@@ -8,24 +8,13 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from tiny import TINY
 
 from finetune.errors import ConfigError
 from finetune.main import main
 from finetune.record import read_record
 from finetune.tracking import flat_options, parse_names, rasterise
 
-TINY = [
-    "--model",
-    "finetune.FinetuneModule",
-    "--model.backbone",
-    "test_resnet",
-    "--model.weights",
-    "none",
-    "--data.workers",
-    "0",
-    "--data.batch_size",
-    "64",
-]
 SHORT = [*TINY, "--trainer.limit_train_batches", "2", "--trainer.log_every_n_steps", "1"]
 STAGES = ("stem", "layer1", "layer2", "layer3", "layer4", "head")
 

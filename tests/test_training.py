@@ -10,24 +10,13 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from tiny import TINY
 
 from finetune.averaging import kind_of_average
 from finetune.checkpoints import read
 from finetune.main import main
 from finetune.sample import digits_folder
 
-TINY = [
-    "--model",
-    "finetune.FinetuneModule",
-    "--model.backbone",
-    "test_resnet",
-    "--model.weights",
-    "none",
-    "--data.workers",
-    "0",
-    "--data.batch_size",
-    "64",
-]
 pytestmark = pytest.mark.filterwarnings("ignore:.*no pretrained weights.*")
 
 

@@ -15,6 +15,7 @@ import pytest
 import wandb
 import yaml
 from PIL import Image
+from tiny import TINY
 
 from finetune.defaults import RunOptions
 from finetune.main import main
@@ -24,18 +25,6 @@ from finetune.record import read_record
 from finetune.tracking import trackers_among
 from finetune.wandb_tracking import WandbTracker
 
-TINY = [
-    "--model",
-    "finetune.FinetuneModule",
-    "--model.backbone",
-    "test_resnet",
-    "--model.weights",
-    "none",
-    "--data.workers",
-    "0",
-    "--data.batch_size",
-    "64",
-]
 SHORT = [*TINY, "--trainer.limit_train_batches", "2", "--trainer.log_every_n_steps", "1"]
 STAGES = ("stem", "layer1", "layer2", "layer3", "layer4", "head")
 COMMAND = [sys.executable, "-c", "from finetune.main import main; main()"]
