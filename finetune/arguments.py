@@ -28,7 +28,7 @@ def resolve(words: Sequence[str]) -> list[str]:
         FinetuneError: If a recipe, run or checkpoint is not there.
     """
     given, rest = _take(words)
-    configs = [find_recipe(name) for name in given["--config"]]
+    configs = [_require_options(find_recipe(name)) for name in given["--config"]]
     folder = given["--run.folder"][-1:] or [str(option_of(configs, "run", "folder") or "runs")]
     resolved = [*rest[:1], *(word for path in configs for word in ("--config", str(path)))]
     name = configs[-1].stem if configs else None
@@ -60,12 +60,27 @@ def option_of(configs: Sequence[Path], *keys: str) -> Any:
         try:
             found: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError):
-            continue  # the parser will say what is wrong with it
+            continue  # somebody else says what is wrong with it
         for key in keys:
             found = found.get(key) if isinstance(found, dict) else None
         if found is not None:
             return found
     return None
+
+
+def _require_options(path: Path) -> Path:
+    """Return the path of a configuration, or say where in it the mistake is."""
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is no text in UTF-8: {error.reason} at byte {error.start}.") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
+        raise ConfigError(f"{path}{where} is no YAML: {getattr(error, 'problem', None) or error}.") from error
+    if not isinstance(found, dict | None):
+        raise ConfigError(f"{path} holds {type(found).__name__} where options are expected, such as 'model: {{lr: 0.01}}'.")
+    return path
 
 
 def _take(words: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:

@@ -93,6 +93,8 @@ def predict_to_file(
         raise
     finally:
         table.close()
+    if total and table.failed == total:
+        raise DataError(f"None of the {total} pictures can be read. The column 'error' of {out} says why.")
     unreadable = f", {table.failed} of them unreadable (see 'error')" if table.failed else ""
     print(f"{total} pictures{unreadable}: {out}")
 

@@ -106,3 +106,19 @@ def test_words(words, expected):
 def test_mistakes(words, error, says):
     with pytest.raises(error, match=says):
         resolve(words)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (b"model:\n  lr: [1\n", r"broken\.yaml, line 3, column 1 is no YAML"),
+        (b"model:\n\tlr: 1\n", r"broken\.yaml, line 2, column 1 is no YAML"),
+        (b"- model\n", r"broken\.yaml holds list where options are expected"),
+        (b"# caf\xe9\n", r"broken\.yaml is no text in UTF-8"),
+    ],
+)
+def test_a_broken_configuration_is_named_with_its_line(tmp_path, text, says):
+    path = tmp_path / "broken.yaml"
+    path.write_bytes(text)
+    with pytest.raises(ConfigError, match=says):
+        resolve(["fit", "--config", str(path)])

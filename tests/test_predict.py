@@ -114,9 +114,11 @@ def test_every_picture_unreadable(capsys):
     Path("bad").mkdir()
     for name in ("1.png", "2.png"):
         Path("bad", name).write_bytes(b"no picture")
-    main(["predict", RUN, "bad", "--batch_size", "1"])
+    with pytest.raises(SystemExit) as stop:
+        main(["predict", RUN, "bad", "--batch_size", "1"])
+    assert stop.value.code not in (None, 0), "a script goes on only where something was predicted"
     assert [bool(row["error"]) for row in rows()] == [True, True]
-    assert "2 of them unreadable" in capsys.readouterr().out
+    assert "None of the 2 pictures can be read" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("world")
