@@ -20,6 +20,8 @@ from tabulate import tabulate
 from torch.nn import functional as F
 
 from finetune import FinetuneModule, FolderDataModule
+from finetune.averaging import average_of
+from finetune.defaults import RunOptions
 from finetune.lr_find import find_lr
 from finetune.recipe_files import find_recipe
 
@@ -49,10 +51,9 @@ def main() -> None:
             print(f"{text} {rate:.2g}: loss {losses[rate][0]:.4f}, accuracy {losses[rate][1]:.4f}", flush=True)
         best = min(grid, key=lambda rate: losses[rate][0])
         ratio = max(found / best, best / found)
-        lowest = curve.rates[min(range(len(curve.rates)), key=curve.smooth().__getitem__)]
-        rows.append([text.rpartition("/")[2], f"{found:.2g}", f"{best:.2g}", f"{ratio:.1f}", f"{lowest:.2g}"])
+        rows.append([text.rpartition("/")[2], f"{found:.2g}", f"{best:.2g}", f"{ratio:.1f}"])
         print(rows[-1], flush=True)
-    heads = ["folder", "suggestion", "best of the grid", "factor between", "where the loss is smallest"]
+    heads = ["folder", "suggestion", "best of the grid", "factor between"]
     print(tabulate(rows, heads, disable_numparse=True), machine(), sep="\n\n")
 
 
@@ -69,7 +70,9 @@ def trained(row: Row, recipe: dict[str, Any], backbone: str, weights: str, lr: f
     """Train at a rate and return loss and accuracy on the validation pictures."""
     with quiet():
         module, data = parts(row, recipe, backbone, weights, lr)
-        L.Trainer(max_epochs=epochs, **QUIET).fit(module, datamodule=data)
+        average = average_of(RunOptions(**recipe.get("run", {})))
+        callbacks = [] if average is None else [average]
+        L.Trainer(max_epochs=epochs, callbacks=callbacks, **QUIET).fit(module, datamodule=data)
         module.eval()
         with torch.inference_mode():
             said = [(module(batch["image"]), batch["label"]) for batch in data.eval_loader("val")]

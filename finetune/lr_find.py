@@ -2,10 +2,14 @@
 
 The rates of all stages rise together, each from its own: what is found is `lr`, the rate of the head, for the freezing policy
 and the layer decay that are set. The stages that train are those of the policy's last phase, which bears the least.
+
+The smallest loss of the sweep says little where the head is solved for already; where it explodes says how much the network
+bears, with every optimizer.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -13,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
-import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from finetune.errors import ConfigError
 from finetune.freezing import Phase
@@ -29,7 +33,8 @@ STEPS = 100
 _LOW, _HIGH = 1e-4, 1e3  # times the rate that is set
 _SMOOTH = 0.9  # of the running mean of the loss
 _DIVERGED = 3.0  # times the smallest loss
-_BACK = 10.0  # the suggestion is this much below the rate at which the loss is smallest
+_SETTLED = 10  # steps before a loss counts as exploded
+_BACK = 4.0  # the suggestion is this much below the rate at which the loss explodes (benchmarks/lr_find.py)
 
 
 @dataclass
@@ -52,19 +57,26 @@ class Curve:
             result.append(mean / (1 - _SMOOTH**number))
         return result
 
+    def exploded(self) -> int | None:
+        """Return the step in which the smoothed loss is three times its smallest so far, or None."""
+        smooth = self.smooth()
+        lowest = itertools.accumulate(smooth, min)
+        steps = enumerate(zip(smooth, lowest, strict=True))
+        return next((step for step, (loss, low) in steps if step > _SETTLED and loss > _DIVERGED * low), None)
+
     def suggestion(self) -> float:
-        """Return the rate to train with: a tenth of the one at which the smoothed loss is smallest.
+        """Return the rate to train with: a quarter of the one at which the loss explodes, or of the last one if it does not.
 
         Raises:
-            ConfigError: If the loss never became smaller, or there are too few steps to tell.
+            ConfigError: If there are too few steps to tell.
         """
-        smooth = self.smooth()
-        if len(smooth) < 10:
+        if len(self.losses) < _SETTLED:
             raise ConfigError(
-                f"The loss left the finite numbers after {len(smooth)} steps: the curve is too short to suggest a rate. Lower "
-                "--model.lr by 100 and try again."
+                f"The loss left the finite numbers after {len(self.losses)} steps: the curve is too short to suggest a rate. "
+                "Lower --model.lr by 100 and try again."
             )
-        return self.rates[int(np.argmin(smooth))] / _BACK
+        step = self.exploded()
+        return self.rates[-1 if step is None else step] / _BACK
 
     def draw(self, suggestion: float) -> Figure:
         """Return the figure of the curve, with the suggestion in it."""
@@ -87,13 +99,15 @@ class LearningRateSweep(L.Callback):
 
     Args:
         steps: Optimizer steps.
+        bar: Whether to draw a bar of progress.
 
     Attributes:
         curve: What was measured.
     """
 
-    def __init__(self, steps: int = STEPS) -> None:
+    def __init__(self, steps: int = STEPS, bar: bool = False) -> None:
         self.steps = steps
+        self._bar = tqdm(desc="lr-find", total=steps, unit="step", disable=not bar, leave=False)
         self.curve = Curve()
         self._before: dict[str, Tensor] = {}
 
@@ -126,13 +140,13 @@ class LearningRateSweep(L.Callback):
         if math.isfinite(loss):
             self.curve.rates.append(trainer.optimizers[0].param_groups[-1]["initial_lr"] * self.factor(step))
             self.curve.losses.append(loss)
-        smooth = self.curve.smooth()
-        exploded = not math.isfinite(loss) or (step > 10 and smooth[-1] > _DIVERGED * min(smooth))
-        if exploded or step + 1 >= self.steps:
+        self._bar.update()
+        if not math.isfinite(loss) or self.curve.exploded() is not None or step + 1 >= self.steps:
             trainer.should_stop = True
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Restore the weights."""
+        self._bar.close()
         pl_module.load_state_dict(self._before)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning as L
 
-from finetune import training
+from finetune import progress, training
 from finetune.errors import ConfigError
 from finetune.lr_find import STEPS, LearningRateSweep, write_curve
 from finetune.module import FinetuneModule
@@ -26,8 +26,10 @@ class LearningRateCLI(FinetuneCLI):
         config = {**self._get(self.config_init, "trainer"), **kwargs}
         steps = config["max_steps"] if config["max_steps"] > 0 else STEPS
         self.run_folder, self.save_config_callback = None, None
-        self.sweep = LearningRateSweep(steps)
+        wanted = progress.wanted() if config["enable_progress_bar"] is None else config["enable_progress_bar"]
+        self.sweep = LearningRateSweep(steps, bar=wanted)
         config |= {"max_steps": -1, "logger": False, "enable_checkpointing": False, "limit_val_batches": 0}
+        config["enable_progress_bar"] = False  # its epochs mean nothing here
         return self._instantiate_trainer(config, [self.sweep])
 
     def fit(self, **kwargs: Any) -> None:

@@ -58,8 +58,15 @@ def test_smoothing_and_suggestion_by_hand():
         mean = 0.9 * mean + 0.1 * loss
         smooth.append(mean / (1 - 0.9**number))
     assert curve.smooth() == pytest.approx(smooth)
-    lowest = min(range(12), key=lambda i: smooth[i])
-    assert curve.suggestion() == pytest.approx(curve.rates[lowest] / 10)
+    first = next(i for i in range(11, 12) if smooth[i] > 3 * min(smooth[: i + 1]))  # not before the eleventh
+    assert curve.exploded() == first
+    assert curve.suggestion() == pytest.approx(curve.rates[first] / 4)
+
+
+def test_a_loss_that_never_explodes_suggests_a_quarter_of_the_last_rate():
+    curve = Curve([10.0**k for k in range(-12, 0)], [3.0] * 12)
+    assert curve.exploded() is None
+    assert curve.suggestion() == pytest.approx(0.1 / 4)
 
 
 def test_too_short_a_curve_is_said():
