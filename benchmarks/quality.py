@@ -171,7 +171,7 @@ def main() -> None:
         for pair in options.weights:
             backbone, _, weights = pair.partition("=")
             for text in options.folders:
-                row = parse(text, options.size)
+                row = parse(text, options.size)._replace(uneven=options.uneven)
                 for way in options.ways:
                     key = (
                         backbone,
