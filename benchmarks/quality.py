@@ -19,7 +19,7 @@ import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,6 +127,13 @@ def uneven(folder: PictureFolder, ratio: float, seed: int) -> PictureFolder:
     return dataclasses.replace(folder, splits={**folder.splits, "train": kept})
 
 
+def gradual(stages: Sequence[str], epochs: int) -> list[dict[str, Any]]:
+    """Return a policy that thaws all stages within so many epochs, from the head down, also where stages are more."""
+    last = [1 + round((len(stages) - 1) * epoch / max(1, epochs - 1)) for epoch in range(epochs)]
+    phases = [{"train": list(stages[-number:]), "epochs": 1} for number in dict.fromkeys(last)]
+    return [*phases[:-1], {"train": "full"}]
+
+
 class Documented(L.LightningModule):
     """Transfer learning as Lightning's guide shows it: a frozen feature extractor, a new linear layer, Adam at 0.001."""
 
@@ -221,8 +228,10 @@ def run(
             return measure(model, data)
         variant = VARIANTS["one_rate" if way == "lightning" else way] if way not in RECIPES else Variant(way)
         options = yaml.safe_load(find_recipe(variant.recipe).read_text())
-        changes = changes if variant.recipe == "small" else {}
-        model = start({**options["model"], **changes, **variant.model})
+        in_model = {**options["model"], **(changes if variant.recipe == "small" else {}), **variant.model}
+        model = start(in_model)
+        if way == "gradual":
+            model = start({**in_model, "freezing": gradual(model.stage_names, epochs)})
         data = row.data(seed, model, {**options["data"], **variant.data})
         trained = Documented(model) if way == "lightning" else model
         average = average_of(RunOptions(**{**options.get("run", {}), **variant.run}))
