@@ -58,6 +58,9 @@ def close_run(run: Path, trainer: L.Trainer, best: ModelCheckpoint, epochs: Best
     if score is not None:
         epoch = int(checkpoints.read(chosen)["epoch"]) + 1
         say(f"\nbest   {best.monitor} {float(score):.4f} in epoch {epoch} ({as_typed(chosen)})")
+        floor = getattr(module, "start_accuracy", None)
+        if best.monitor == "val/acc" and floor is not None and floor - float(score) > 1e-6:
+            say(f"note   The head alone had val/acc {floor:.4f} before training: the recipe linear_probe suits these pictures.")
     chosen = _soup(trainer, epochs, score) or chosen
     say(f"time   {progress.duration(seconds)} for training")
     if _has_test(module, data):

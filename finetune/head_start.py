@@ -41,6 +41,10 @@ class Linear(NamedTuple):
     weight: Array
     bias: Array
 
+    def accuracy(self, features: Array, labels: npt.NDArray[np.int64]) -> float:
+        """Return the share of rows (N, C) that it gives their labels (N,)."""
+        return float(((features @ self.weight.T + self.bias).argmax(1) == labels).mean())
+
 
 def start_head(module: FinetuneModule, trainer: Any, kind: HeadInit) -> str:
     """Set the head of a module before training and return a line that says what was done.
@@ -60,7 +64,7 @@ def start_head(module: FinetuneModule, trainer: Any, kind: HeadInit) -> str:
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
         return "head: starts at zero"
-    features, labels = training_features(module, trainer)
+    features, labels = split_features(module, trainer, "train")
     if kind == "ridge":
         solution = ridge(features, labels, head.out_features)
     else:
@@ -68,10 +72,18 @@ def start_head(module: FinetuneModule, trainer: Any, kind: HeadInit) -> str:
     with torch.no_grad():
         head.weight.copy_(torch.from_numpy(solution.weight))
         head.bias.copy_(torch.from_numpy(solution.bias))
-    right = float(((features @ solution.weight.T + solution.bias).argmax(1) == labels).mean())
+    right = solution.accuracy(features, labels)
+    module.start_accuracy = solution.accuracy(*split_features(module, trainer, "val")) if _has_val(trainer.datamodule) else None
+    held_out = "" if module.start_accuracy is None else f", and {module.start_accuracy:.1%} of the validation pictures"
     return (
-        f"head: starts as the {kind} regression on the features of {len(labels)} training pictures ({right:.1%} of them right)"
+        f"head: starts as the {kind} regression on the features of {len(labels)} training pictures ({right:.1%} of them right"
+        f"{held_out})"
     )
+
+
+def _has_val(data: Any) -> bool:
+    """Say whether a data module holds pictures for validation; those that do not say are not asked."""
+    return bool(getattr(getattr(data, "folder", None), "splits", {}).get("val"))
 
 
 def _weight(module: FinetuneModule, data: Any, labels: npt.NDArray[np.int64]) -> Array | None:
@@ -86,8 +98,8 @@ def _weight(module: FinetuneModule, data: Any, labels: npt.NDArray[np.int64]) ->
     return cast(Array, balanced.double().numpy())
 
 
-def training_features(module: FinetuneModule, trainer: Any) -> tuple[Array, npt.NDArray[np.int64]]:
-    """Return features (N, C) and labels (N,) of the training pictures without augmentation, at most 20,000 of them.
+def split_features(module: FinetuneModule, trainer: Any, split: Literal["train", "val"]) -> tuple[Array, npt.NDArray[np.int64]]:
+    """Return features (N, C) and labels (N,) of a split's pictures without augmentation, at most 20,000 of them.
 
     Each of several processes computes all of them, so that all heads are equal.
 
@@ -100,7 +112,7 @@ def training_features(module: FinetuneModule, trainer: Any) -> tuple[Array, npt.
             f"model.head_init ridge and logistic need the training pictures in order, but {type(data).__name__} has no method "
             "eval_loader('train'). Set model.head_init zero or default."
         )
-    loader = data.eval_loader("train")
+    loader = data.eval_loader(split)
     dataset, number = loader.dataset, len(loader.dataset)
     if number > _MOST:
         drawn = np.random.default_rng(seed_of(global_seed(), "head")).choice(number, _MOST, replace=False)

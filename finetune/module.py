@@ -101,6 +101,7 @@ class FinetuneModule(StagedModule):
     """
 
     timetable: Timetable | None = None
+    start_accuracy: float | None = None  # on the validation pictures, of a head that was solved for
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.class_weight import compute_class_weight
 
 from finetune import ConfigError, FinetuneModule, FolderDataModule
-from finetune.head_start import logistic, ridge, signed_errors, start_head, training_features
+from finetune.head_start import logistic, ridge, signed_errors, split_features, start_head
 
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
 
@@ -125,6 +125,9 @@ def test_a_run_starts_with_the_solution_on_features_without_augmentation(kind):
     y = torch.cat([b[2] for b in batches]).numpy()
     solution = (ridge if kind == "ridge" else logistic)(x, y, 10)
     assert logits == pytest.approx(x @ solution.weight.T + solution.bias, abs=1e-3)
+    with torch.inference_mode():
+        right = [module(batch["image"]).argmax(1) == batch["label"] for batch in plain.eval_loader("val")]
+    assert module.start_accuracy == pytest.approx(torch.cat(right).double().mean().item())
 
 
 def test_zero_and_that_a_loaded_or_resumed_head_is_left_alone(tmp_path, capsys):
@@ -144,7 +147,7 @@ def test_features_of_many_pictures_are_a_draw(monkeypatch):
     monkeypatch.setattr("finetune.head_start._MOST", 40)
     module, data, trainer = fitted("default")
     trainer.fit(module, datamodule=data)
-    x, y = training_features(module, trainer)
+    x, y = split_features(module, trainer, "train")
     assert x.shape == (40, module.head.in_features)
     assert len(y) == 40
 

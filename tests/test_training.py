@@ -349,6 +349,17 @@ def test_a_recipes_mixture_is_for_pretrained_weights(tmp_path, capsys):
     assert kind_of_average(read(only_run(tmp_path, "small") / "checkpoints" / "last.ckpt")) == "ema"
 
 
+@pytest.mark.parametrize(("rate", "worse"), [("1e-12", False), ("100", True)])
+def test_a_training_that_ends_below_the_head_alone_says_so(tmp_path, capsys, rate, worse):
+    options = ["--model.head_init", "ridge", "--model.lr", rate, "--data.image_size", "32", "--data.shots", "20"]
+    main(["fit", *TINY, *options, "--trainer.max_epochs", "1", "--model.freezing", "head"])
+    said = capsys.readouterr().out
+    share = float(said.partition("% of the validation pictures")[0].rpartition(" ")[2]) / 100
+    best = float(said.partition("best   val/acc ")[2].split()[0])
+    assert best < share - 0.01 if worse else best == pytest.approx(share, abs=1e-3)
+    assert ("the recipe linear_probe suits these pictures" in said) == worse
+
+
 def test_help_explains_the_options_of_model_and_data(capsys):
     main(["fit", "--help"])
     said = capsys.readouterr().out
