@@ -55,8 +55,16 @@ class Timetable:
             rows.append([stage, f"{count:,}", f"{rate:.3g}", *(self._state(stage, phase) for phase in self.phases)])
         spans = [_span(phase) for phase in self.phases]
         align = ("left", "right", "right", *("left" for _ in spans))
-        return "What trains when:\n" + tabulate(
-            rows, headers=["stage", "parameters", "lr", *spans], colalign=align, disable_numparse=True
+        found = tabulate(rows, headers=["stage", "parameters", "lr", *spans], colalign=align, disable_numparse=True)
+        return f"What trains when:\n{found}{self._long_warmup()}"
+
+    def _long_warmup(self) -> str:
+        warmup, total = self.schedule.warmup, self.schedule.total
+        if warmup <= total / 2:
+            return ""
+        return (
+            f"\nwarning: the learning rate rises in {warmup} of the run's {total} steps and hardly gets to work. Lower "
+            "--model.warmup_epochs, or raise --trainer.max_epochs."
         )
 
     def _state(self, stage: str, phase: Phase) -> str:

@@ -111,3 +111,9 @@ def test_a_loader_without_length_has_no_epochs_to_speak_of():
     for run, policy in (({"max_epochs": 3}, "full"), ({"max_epochs": 3, "max_steps": 12}, "lp_ft:1")):
         with pytest.raises(ConfigError, match=r"needs trainer\.max_steps and a freezing policy of one phase"):
             build_timetable(trainer(batches=float("inf"), **run), STAGES, {**OPTIONS, "freezing": policy})
+
+
+@pytest.mark.parametrize(("warmup", "said"), [(5, False), (6, True)])
+def test_a_warm_up_that_takes_most_of_the_run_is_said(warmup, said):
+    times = Timetable(plan("full", STAGES, 5), Schedule("cosine", total=10, warmup=warmup), 2, 1, tuple(STAGES))
+    assert (f"rises in {warmup} of the run's 10 steps" in times.table([])) == said
