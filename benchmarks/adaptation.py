@@ -26,9 +26,9 @@ import yaml
 from tabulate import tabulate
 
 from finetune import AdaptDataModule, AdaptModule
-from finetune.adapt import ORACLE
 from finetune.adaptation_methods import METHODS
 from finetune.recipe_files import find_recipe
+from finetune.target import ORACLE
 
 FEW = ("SourceOnly", "AdaBN", "MCC", "CDAN", "CORAL", "MMD", "InfoMax")
 MONITOR = "target/infomax"

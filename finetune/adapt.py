@@ -22,11 +22,8 @@ from finetune.adaptation_methods import create
 from finetune.errors import ConfigError, DataError
 from finetune.module import FinetuneModule
 from finetune.pairs import KNOWN, TARGET
-from finetune.target import UNKNOWN
+from finetune.target import ORACLE, UNKNOWN
 from finetune.validators import validators
-
-ORACLE = "oracle/target_acc"
-"""The accuracy on the target, which needs its labels; no checkpoint is chosen by it unless somebody asks for that."""
 
 _STATISTICS = "source_statistics"
 
@@ -109,7 +106,7 @@ class AdaptModule(FinetuneModule):
 
     def _adaptation_loss(self, features: list[Tensor], logits: list[Tensor], labels: Tensor) -> Tensor:
         """Return what the method adds, computed in float32 whatever the precision of the run; log it."""
-        total = self.timetable.schedule.total if self.timetable else 1
+        total = self.timetable.epochs * self.timetable.steps_per_epoch if self.timetable else 0
         progress = min(1.0, self.global_step / max(1, total))
         with torch.autocast(labels.device.type, enabled=False):
             wide = [each.float() if each.dtype.itemsize < 4 else each for each in (*features, *logits)]
@@ -117,6 +114,8 @@ class AdaptModule(FinetuneModule):
         values = said if isinstance(said, Mapping) else {"loss": said}
         for name, value in values.items():
             self._log_mean(f"train/{'adapt_loss' if name == 'loss' else name}", value.detach().to(labels.device), len(labels))
+        if "loss" not in values:
+            raise ConfigError(f"{type(self.adaptation).__name__}.loss returned {sorted(values)}: expected 'loss' among them.")
         return values["loss"]
 
     # ------------------------------------------------------------------------------------------------------- watching
@@ -141,8 +140,8 @@ class AdaptModule(FinetuneModule):
         known = bool((labels != UNKNOWN).all())
         return {"logits": logits, "labels": labels, "index": index, "split": TARGET} if known else {}
 
-    def _all_watched(self) -> tuple[Tensor, Tensor] | None:
-        """Return logits and labels of all pictures of the target, from all processes and in order."""
+    def _all_watched(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Return logits and labels of all pictures of the target, from all processes and in order, and their places."""
         parts, self._watched = self._watched, []
         if self.trainer.world_size > 1:
             gathered: list[Any] = [None] * self.trainer.world_size
@@ -152,23 +151,26 @@ class AdaptModule(FinetuneModule):
             return None
         index, logits, labels = (torch.cat(columns) for columns in zip(*parts, strict=True))
         order = index.argsort(stable=True)
-        return logits[order], labels[order]
+        return logits[order], labels[order], index[order]
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of the source, and validators and oracle of the target."""
         super().on_validation_epoch_end()
         watched = self._all_watched()
         if watched is not None and len(watched[0]) > 1:
-            logits, labels = watched
+            logits, labels, places = watched
             found = {f"{TARGET}/{name}": value for name, value in validators(logits).items()}
-            self._log_of_target({**found, **_accuracy(logits, labels, ORACLE)})
+            data: Any = getattr(self.trainer, "datamodule", None)
+            shots = getattr(data, "labelled_target", []) if getattr(data, "watched", "") == "train" else []
+            unseen = ~torch.isin(places, torch.tensor(list(shots), dtype=places.dtype))  # not trained with their labels
+            self._log_of_target({**found, **_accuracy(logits[unseen], labels[unseen], ORACLE)})
 
     def on_test_epoch_end(self) -> None:
         """Log the metrics of the source, and the oracle of the target."""
         super().on_test_epoch_end()
         watched = self._all_watched()
         if watched is not None:
-            self._log_of_target(_accuracy(*watched, "oracle/target_test_acc"))
+            self._log_of_target(_accuracy(watched[0], watched[1], "oracle/target_test_acc"))
 
     def _log_of_target(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
@@ -185,7 +187,7 @@ class AdaptModule(FinetuneModule):
         if not self.adaptation.restates_batchnorm or self.trainer.state.fn != "fit":
             return
         data: Any = getattr(self.trainer, "datamodule", None)
-        if data is None:
+        if not hasattr(data, "target_loader"):
             raise ConfigError("AdaBN needs a data module with target_loader(split), such as AdaptDataModule.")
         self._source_statistics = batch_statistics.statistics_of(self)
         batch_statistics.restate(self, self._target_pictures(data), self.features)
@@ -196,12 +198,12 @@ class AdaptModule(FinetuneModule):
             if len(images) > 1:
                 yield images
 
-    def on_train_epoch_start(self) -> None:
-        """Go on with the statistics of the source."""
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Go on with the statistics of the source, also behind a validation within an epoch."""
         if self._source_statistics is not None:
             batch_statistics.put_statistics(self, self._source_statistics)
             self._source_statistics = None
-        super().on_train_epoch_start()
+        super().on_train_batch_start(batch, batch_idx)
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 

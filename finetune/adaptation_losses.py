@@ -122,12 +122,14 @@ def mcc(logits: Tensor, temperature: float = 2.5) -> Tensor:
     weight = certainty_weight(warm)
     weight = len(logits) * weight / weight.sum()
     together = shares.T @ (weight[:, None] * shares)
-    together = together / together.sum(1, keepdim=True)
+    together = together / together.sum(1, keepdim=True).clamp_min(torch.finfo(together.dtype).tiny)  # a class without a share
     return (together.sum() - together.trace()) / logits.shape[1]
 
 
 def bnm(logits: Tensor) -> Tensor:
     """Return minus the nuclear norm of the class probabilities, over N: sure and diverse is less (Cui et al. 2020)."""
+    if not logits.isfinite().all():
+        return logits.sum() * math.nan  # which a decomposition would not take
     values: Tensor = torch.linalg.svdvals(logits.softmax(1))
     return -values.sum() / len(logits)
 

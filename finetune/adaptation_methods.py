@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -247,12 +246,15 @@ def create(given: Adaptation | Mapping[str, Any] | str) -> Adaptation:
         return given
     path, arguments = (given, {}) if isinstance(given, str) else (given["class_path"], given.get("init_args") or {})
     kind: Any = METHODS.get(path)
-    with contextlib.suppress(ConfigError):
+    reason = ""
+    try:
         kind = kind or (import_path(path) if "." in path else None)
+    except ConfigError as error:
+        reason = f" {error}"
     if not (isinstance(kind, type) and issubclass(kind, Adaptation)):
         raise ConfigError(
             f"There is no adaptation method '{path}'.{did_you_mean(path, METHODS)} Expected {', '.join(METHODS)}, or the "
-            "dotted path of a class derived from finetune.Adaptation that can be imported from here."
+            f"dotted path of a class derived from finetune.Adaptation that can be imported from here.{reason}"
         )
     try:
         return kind(**arguments)

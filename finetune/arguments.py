@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,15 +32,16 @@ def resolve(words: Sequence[str]) -> list[str]:
     configs = [_require_options(find_recipe(name)) for name in given["--config"]]
     folder = given["--run.folder"][-1:] or [str(option_of(configs, "run", "folder") or "runs")]
     resolved = [*rest[:1], *(word for path in configs for word in ("--config", str(path)))]
-    name = configs[-1].stem if configs else None
+    name = option_of(configs, "run", "name") or (configs[-1].stem if configs else None)
     wanted = given["--ckpt_path"][-1:]
     if wanted and wanted != ["null"]:
-        checkpoint = find_checkpoint(wanted[0], Path(folder[0]), name, prefer="last" if words[0] == "fit" else "best")
+        named = last_value(rest, "--run.name") or name
+        checkpoint = find_checkpoint(wanted[0], Path(folder[0]), named, prefer="last" if words[0] == "fit" else "best")
         if not configs:
             resolved += ["--config", str(_config_of(checkpoint))]
         resolved += ["--ckpt_path", str(checkpoint)]
-    elif name and words[0] == "fit":
-        resolved += ["--run.name", name]
+    elif configs and words[0] == "fit":
+        resolved += ["--run.name", str(name)]
     if wanted == ["null"]:
         resolved += ["--ckpt_path", "null"]  # it overrides one that a configuration names
     if given["--run.folder"]:
@@ -68,6 +70,23 @@ def option_of(configs: Sequence[Path], *keys: str) -> Any:
     return None
 
 
+def without(words: Sequence[str], option: str) -> list[str]:
+    """Return words without an option and its values.
+
+    >>> without(["--a", "1", "--b=2", "--c"], "--a")
+    ['--b=2', '--c']
+    """
+    kept: list[str] = []
+    waiting = iter(words)
+    for word in waiting:
+        name, equals, _ = word.partition("=")
+        if name != option:
+            kept.append(word)
+        elif not equals:
+            next(waiting, None)
+    return kept
+
+
 def _require_options(path: Path) -> Path:
     """Return the path of a configuration, or say where in it the mistake is."""
     try:
@@ -81,6 +100,13 @@ def _require_options(path: Path) -> Path:
     if not isinstance(found, dict | None):
         raise ConfigError(f"{path} holds {type(found).__name__} where options are expected, such as 'model: {{lr: 0.01}}'.")
     return path
+
+
+def last_value(words: Sequence[str], option: str) -> str | None:
+    """Return the last value that words give an option, or None."""
+    found = [word.partition("=")[2] for word in words if word.startswith(f"{option}=")]
+    found += [value for word, value in itertools.pairwise(words) if word == option]
+    return found[-1] if found else None
 
 
 def _take(words: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:

@@ -31,6 +31,11 @@ class PhaseAverage(WeightAveraging):
         if self._average_model is not None:
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take the average to the device of the weights, which were elsewhere when it was made."""
+        if self._average_model is not None:
+            self._average_model.to(pl_module.device)
+
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Forget the average when training is over: a later validation shall not swap it in."""
         self._average_model = None
@@ -87,9 +92,7 @@ class WiseFT(PhaseAverage):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Remember the weights, unless a checkpoint brought those of the start."""
-        if self._start:
-            self._start = {name: tensor.to(pl_module.device) for name, tensor in self._start.items()}
-        else:
+        if not self._start:
             self._begin(pl_module)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
@@ -104,22 +107,38 @@ class WiseFT(PhaseAverage):
             )
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
-        """Move the average, or let its start follow the weights as long as it has not begun."""
-        if trainer.global_step <= first_step(pl_module):
+        """Begin behind the last step of the head's own phase."""
+        if trainer.global_step == first_step(pl_module):
             self._begin(pl_module)
-        elif self._average_model is not None:
-            now, averages = pl_module.state_dict(), self._average_model.module.state_dict()
-            floats = list(self._start)
-            between = torch._foreach_lerp([self._start[name] for name in floats], [now[name] for name in floats], self.share)
-            torch._foreach_copy_([averages[name] for name in floats], between)
-            for name in averages.keys() - self._start.keys():
-                averages[name].copy_(now[name])  # counters
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Let validation see the mixture."""
+        self._mix(trainer, pl_module)
+        super().on_validation_epoch_start(trainer, pl_module)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Let the checkpoint hold the mixture."""
+        self._mix(trainer, pl_module)
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave the mixture in the module."""
+        self._mix(trainer, pl_module)
+        super().on_train_end(trainer, pl_module)
 
     def _begin(self, module: L.LightningModule) -> None:
         now = module.state_dict()
         self._start = {name: tensor.detach().clone() for name, tensor in now.items() if tensor.is_floating_point()}
-        if self._average_model is not None:
-            self._average_model.module.load_state_dict(now)
+
+    def _mix(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Bring the average up to date: the weights themselves until it begins, then the mixture."""
+        if self._average_model is None:
+            return
+        now, averages = module.state_dict(), self._average_model.module.state_dict()
+        begun = trainer.global_step > first_step(module)
+        for name, tensor in now.items():
+            mixed = begun and name in self._start
+            averages[name].copy_(torch.lerp(self._start[name].to(tensor), tensor, self.share) if mixed else tensor)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the start, which a resumed run needs."""
@@ -181,6 +200,7 @@ def ema_step(averages: list[Tensor], weights: list[Tensor], steps: Tensor | int,
         torch._foreach_copy_(averages, weights)  # counters
         return
     number = int(steps)
+    weights = [weight.to(average.dtype) for average, weight in zip(averages, weights, strict=True)]
     torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + number) / (10 + number)))
 
 

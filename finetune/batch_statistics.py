@@ -32,7 +32,7 @@ def put_statistics(network: nn.Module, statistics: dict[str, Tensor]) -> None:
 
 @torch.no_grad()
 def restate(network: nn.Module, batches: Iterable[Tensor], forward: Callable[[Tensor], Tensor]) -> None:
-    """Replace the statistics of all BatchNorm layers by the means over batches; nothing else of the network changes.
+    """Replace the statistics of all BatchNorm layers by the means over pictures; nothing else of the network changes.
 
     Args:
         network: The network, in any mode; modes are as they were afterwards.
@@ -45,10 +45,13 @@ def restate(network: nn.Module, batches: Iterable[Tensor], forward: Callable[[Te
     network.eval()
     for layer in layers:
         layer.reset_running_stats()
-        layer.momentum = None  # all batches count the same
         layer.train()
+    seen = 0
     try:
         for images in batches:
+            seen += len(images)
+            for layer in layers:
+                layer.momentum = len(images) / seen  # all pictures count the same, also those of a smaller batch
             forward(images)
     finally:
         for layer, momentum in momenta.items():

@@ -5,19 +5,18 @@ Most of what a method seems to gain may be the BatchNorm statistics of the targe
 
 from __future__ import annotations
 
-import itertools
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from finetune.apart import train_apart
+from finetune.arguments import last_value
 from finetune.domain_table import domain_table
 from finetune.errors import ConfigError
 from finetune.runs import new_run
 
 FLOORS = ("SourceOnly", "AdaBN")
 _OPTION = "--model.adaptation"
-_MAIN = "import sys; from finetune.main import main; main(sys.argv[1:])"
 
 
 def compare(words: Sequence[str]) -> None:
@@ -32,7 +31,7 @@ def compare(words: Sequence[str]) -> None:
     """
     if any(word.partition("=")[0] == "--ckpt_path" for word in words):
         raise ConfigError("--compare trains anew: leave out --ckpt_path, or leave out --compare.")
-    folder, name = _value(words, "--run.folder") or "runs", _value(words, "--run.name") or "domain_adaptation"
+    folder, name = last_value(words, "--run.folder") or "runs", last_value(words, "--run.name") or "domain_adaptation"
     home = new_run(Path(folder), f"{name}-compared")
     trainings = {"as asked": list(words), **{floor: [*without_method(words), _OPTION, floor] for floor in FLOORS}}
     runs: dict[str, Path] = {}
@@ -40,7 +39,7 @@ def compare(words: Sequence[str]) -> None:
     for number, (title, options) in enumerate(trainings.items(), start=1):
         print(f"\n=== {title}: training {number} of {len(trainings)}", flush=True)
         command = [*options, "--run.folder", str(home), "--run.name", title.replace(" ", "_")]
-        failed = subprocess.run([sys.executable, "-c", _MAIN, *command], check=False).returncode
+        failed = train_apart(command)
         if failed:
             print(f"\n{title} ended with exit code {failed}.", file=sys.stderr)
             break
@@ -66,10 +65,3 @@ def without_method(words: Sequence[str]) -> list[str]:
         elif not equals:
             next(waiting, None)
     return kept
-
-
-def _value(words: Sequence[str], option: str) -> str | None:
-    """Return the last value that was given for an option."""
-    found = [word.partition("=")[2] for word in words if word.startswith(f"{option}=")]
-    found += [value for word, value in itertools.pairwise(words) if word == option]
-    return found[-1] if found else None

@@ -9,8 +9,7 @@ import numpy as np
 from tabulate import tabulate
 
 from finetune.run_files import RunFiles
-
-ORACLE = "oracle/target_acc"
+from finetune.target import ORACLE
 
 
 def domain_table(runs: Mapping[str, Path]) -> str:

@@ -16,6 +16,7 @@ from finetune.predictor import Predictor
 from finetune.run_files import DOMAINS, PREDICTIONS
 from finetune.store import write_whole
 
+_FEWEST = 2  # pictures of a domain: one to learn from, one to measure on
 _MOST = 300  # pictures of each domain: t-SNE takes seconds for them
 
 Array = npt.NDArray[np.float64]
@@ -31,7 +32,7 @@ def measure_domains(run: str | os.PathLike[str]) -> dict[str, Any] | None:
 
     Returns:
         a_distance, and points: x, y, the domain and the name of the class of each picture. None if the run kept no predictions
-        of both domains, as without labels of the target.
+        of both domains, as without labels of the target, or there are too few to tell.
     """
     folder = Path(run)
     tables = {"source": folder / PREDICTIONS["val"], "target": folder / PREDICTIONS["target"]}
@@ -39,6 +40,8 @@ def measure_domains(run: str | os.PathLike[str]) -> dict[str, Any] | None:
         return None
     predictor = Predictor(folder)
     found = {name: _some(read_outcome(table)) for name, table in tables.items()}
+    if min(len(files) for files, _ in found.values()) < _FEWEST:
+        return None
     features = {name: np.asarray(predictor.features(files), np.float64) for name, (files, _) in found.items()}
     places = tsne(np.concatenate(list(features.values())))
     named = [(name, label) for name, (_, labels) in found.items() for label in labels]

@@ -10,7 +10,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
-_FORMULA = "=+-@\t\r"
+_FORMULA = "=+-@\t\r\n"
 _GUARDED = re.compile(rf"'*[{re.escape(_FORMULA)}]")
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from finetune.images import read_image
+from finetune.images import open_picture, read_image
 from finetune.transforms import LONGEST
 
 TINY, HUGE = 8, 10_000  # pixels of a side
@@ -95,7 +95,7 @@ def _header(path: str) -> list[tuple[str, str]]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path) as image:
+            with open_picture(path) as image:
                 width, height = image.size
                 if width * height > (Image.MAX_IMAGE_PIXELS or float("inf")):
                     raise _TooLarge(f"{width} x {height}")

@@ -69,6 +69,7 @@ def start_head(module: FinetuneModule, trainer: Any, kind: HeadInit) -> str:
         solution = ridge(features, labels, head.out_features)
     else:
         solution = logistic(features, labels, head.out_features, _weight(module, trainer.datamodule, labels))
+    solution = trainer.strategy.broadcast(solution)  # equal to the last bit on all processes
     with torch.no_grad():
         head.weight.copy_(torch.from_numpy(solution.weight))
         head.bias.copy_(torch.from_numpy(solution.bias))

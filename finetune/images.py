@@ -28,6 +28,7 @@ IMAGE_SUFFIXES = frozenset(
 )
 """File name endings, in lower case, by which a picture is recognised in a folder."""
 
+_PROGRAMS = {"EPS", "WMF"}
 _DECODE: Any = getattr(torch.ops.image, "decode_image", None)  # the operator itself, as the function around it warns
 _RGB = 3  # torchvision.io.ImageReadMode.RGB
 _REMEDY = "Replace the file, or remove it from the folder."
@@ -61,13 +62,19 @@ def decode_image(data: bytearray, name: str) -> Tensor:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on metadata, palettes and size: what matters becomes an error below
-            with Image.open(io.BytesIO(data)) as image:
+            with open_picture(io.BytesIO(data)) as image:
                 return image_to_tensor(image)
     except UnidentifiedImageError:
         start = bytes(data[:8])
         raise DataError(f"{name} is not a picture in a known format: it starts with {start!r}. {_REMEDY}") from None
     except Exception as error:  # Pillow raises nearly everything on broken files: OSError, SyntaxError, struct.error, ...
         raise DataError(f"{name} cannot be read as a picture: {error}. {_REMEDY}") from error
+
+
+def open_picture(file: str | io.BytesIO) -> Image.Image:
+    """Open a picture with Pillow, in any format but those that Pillow hands to another program (PostScript to Ghostscript)."""
+    Image.init()
+    return Image.open(file, formats=[name for name in Image.ID if name not in _PROGRAMS])
 
 
 def _read_bytes(path: str | os.PathLike[str]) -> bytearray:

@@ -39,6 +39,7 @@ class Interrupts:
         """
         if threading.current_thread() is not threading.main_thread():
             return
+        self._process = os.getpid()  # not the one that made it, where training goes on in a fork
         for number in signals:
             before = signal.signal(number, self._note)
             if before != self._note:

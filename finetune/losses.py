@@ -13,6 +13,7 @@ from finetune.errors import ConfigError
 
 ClassWeights = Literal["none", "balanced", "effective"]
 _EFFECTIVE_BETA = 0.999  # Cui et al. 2019 try 0.9 to 0.9999; this one suits classes of tens to thousands of pictures
+_SURE = 1e-7  # the least 1 - p of the focal loss: below, the gradient of a small exponent is not finite
 
 
 def class_weights(kind: ClassWeights, counts: Sequence[int]) -> Tensor | None:
@@ -57,7 +58,7 @@ def classification_loss(
     soft = targets if targets.ndim == 2 else F.one_hot(targets, classes).to(logits.dtype)
     soft = soft * (1 - smoothing) + smoothing / classes
     log_p = F.log_softmax(logits, dim=1)
-    each_class = -soft * (1 - log_p.exp()).pow(focal_gamma) * log_p
+    each_class = -soft * (1 - log_p.exp()).clamp_min(_SURE).pow(focal_gamma) * log_p
     return (each_class if weight is None else each_class * weight).sum(1).mean()
 
 

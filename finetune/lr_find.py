@@ -33,8 +33,8 @@ STEPS = 100
 _LOW, _HIGH = 1e-4, 1e3  # times the rate that is set
 _SMOOTH = 0.9  # of the running mean of the loss
 _DIVERGED = 3.0  # times the smallest loss
-_SETTLED = 10  # steps before a loss counts as exploded
-_BACK = 4.0  # the suggestion is this much below the rate at which the loss explodes (benchmarks/lr_find.py)
+FEWEST = 10  # steps of a curve that says something
+_BACK = 5.0  # the suggestion is this much below the rate at which the loss explodes (measured: benchmarks/lr_find.py)
 
 
 @dataclass
@@ -58,19 +58,25 @@ class Curve:
         return result
 
     def exploded(self) -> int | None:
-        """Return the step in which the smoothed loss is three times its smallest so far, or None."""
+        """Return the step in which the smoothed loss is three times its smallest so far, or None.
+
+        Where the smallest is near zero or below, as with terms that reward, it counts as a tenth of the first one.
+        """
         smooth = self.smooth()
         lowest = itertools.accumulate(smooth, min)
         steps = enumerate(zip(smooth, lowest, strict=True))
-        return next((step for step, (loss, low) in steps if step > _SETTLED and loss > _DIVERGED * low), None)
+        rise = _DIVERGED - 1
+        return next(
+            (step for step, (loss, low) in steps if step > FEWEST and loss - low > rise * max(low, 0.1 * abs(smooth[0]))), None
+        )
 
     def suggestion(self) -> float:
-        """Return the rate to train with: a quarter of the one at which the loss explodes, or of the last one if it does not.
+        """Return the rate to train with: a fifth of the one at which the loss explodes, or of the last one if it does not.
 
         Raises:
             ConfigError: If there are too few steps to tell.
         """
-        if len(self.losses) < _SETTLED:
+        if len(self.losses) < FEWEST:
             raise ConfigError(
                 f"The loss left the finite numbers after {len(self.losses)} steps: the curve is too short to suggest a rate. "
                 "Lower --model.lr by 100 and try again."
@@ -110,6 +116,7 @@ class LearningRateSweep(L.Callback):
         self._bar = tqdm(desc="lr-find", total=steps, unit="step", disable=not bar, leave=False)
         self.curve = Curve()
         self._before: dict[str, Tensor] = {}
+        self._done = 0
 
     def factor(self, step: int) -> float:
         """Return what the rates are multiplied by in a step, counted from 0."""
@@ -135,10 +142,12 @@ class LearningRateSweep(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *args: Any) -> None:
         """Keep the loss of the step, and end the sweep when it is done or the loss explodes."""
-        step = len(self.curve.losses)
-        loss = float(outputs["loss"].detach())
+        step, self._done = self._done, trainer.global_step
+        if step == self._done:
+            return  # gradients are still being accumulated
+        loss = float(trainer.strategy.reduce(outputs["loss"].detach(), reduce_op="mean"))  # all processes stop together
         if math.isfinite(loss):
-            self.curve.rates.append(trainer.optimizers[0].param_groups[-1]["initial_lr"] * self.factor(step))
+            self.curve.rates.append(pl_module.hparams["lr"] * self.factor(step))
             self.curve.losses.append(loss)
         self._bar.update()
         if not math.isfinite(loss) or self.curve.exploded() is not None or step + 1 >= self.steps:

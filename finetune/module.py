@@ -32,11 +32,11 @@ from finetune.randomness import global_seed, seed_of
 from finetune.reuse import Kept
 from finetune.schedules import ScheduleName
 from finetune.staged import StagedModule
-from finetune.stages import HEAD, split_head
+from finetune.stages import split_head
 from finetune.strategies import require_searching
 from finetune.timetable import Timetable, build_timetable, run_length
 from finetune.transforms import InputSpec
-from finetune.trusted_code import guarding
+from finetune.trusted_code import guarded_parser, guarding
 from finetune.weights import load_weights
 
 BatchNormMode = Literal["auto", "frozen", "train"]
@@ -218,8 +218,9 @@ class FinetuneModule(StagedModule):
         )
         groups = build_groups(dict(self.named_parameters()), self.stage_parameters(), self.stage_names, options)
         if self.hparams["l2_sp"]:
+            drawn = {stage.name for stage in self.stages} - set(self.weights_report.untrained)  # to their start, not to zero
             for group in groups:
-                group["weight_decay"] *= group["stage"] == HEAD
+                group["weight_decay"] *= group["stage"] not in drawn
         return groups
 
     def unpack(self, batch: Any) -> tuple[Tensor | Kept, Tensor]:
@@ -237,7 +238,9 @@ class FinetuneModule(StagedModule):
         images, labels = self.unpack(batch)
         targets = labels
         if split == "train":
-            images, targets = self.objective.mix(images, labels, self.current_epoch, self.trainer.max_epochs or 0)
+            images, targets = self.objective.mix(
+                images, labels, self.current_epoch, self.timetable.epochs if self.timetable else 0
+            )
         logits = self(images)
         loss = self.loss(logits, targets)
         if split == "train":
@@ -406,5 +409,5 @@ class FinetuneModule(StagedModule):
             **kwargs: Values that replace those in the checkpoint, and the other arguments of Lightning's method.
         """
         kwargs = {"weights": "none", "weights_only": True, "map_location": "cpu", **kwargs}
-        with guarding(packages=[cls.__module__.partition(".")[0]]):  # it may name a backbone
+        with guarding(packages=[cls.__module__.partition(".")[0]]), guarded_parser():  # it may name a backbone
             return super().load_from_checkpoint(checkpoint_path, **kwargs)

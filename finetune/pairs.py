@@ -29,7 +29,9 @@ class PairDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return max(len(self.source), len(self.target))
 
-    def __getitem__(self, key: tuple[int, int, int]) -> dict[str, Any]:
+    def __getitem__(self, key: tuple[int, int, int] | int) -> dict[str, Any]:
+        if isinstance(key, int):  # by a sampler that is not ours: trainer.overfit_batches puts one in its place
+            key = (0, key % len(self.source), key % len(self.target))
         epoch, source, target = key
         found = self.target[(epoch, target)]
         found[KNOWN] = found.pop("label")

@@ -48,4 +48,8 @@ def _pictures_per_class(options: dict[str, str]) -> tuple[float | None, str]:
         folder = scan(BUILT_IN[root]() if root in BUILT_IN else root)
     except (DataError, OSError):
         return None, root
-    return median(folder.counts("train")), root
+    try:
+        share = float(options.get("--data.fraction") or 1)
+    except ValueError:
+        return None, root
+    return round(median(folder.counts("train")) * share), root

@@ -165,7 +165,7 @@ class RunRecord(Callback):
     def _write(self, state: str) -> None:
         seconds = round(self._before + time.monotonic() - self._began, 1)
         self.content |= {"state": state, "updated": _now(), "seconds": seconds}
-        write_whole(self.run / RECORD, json.dumps(checkpoints.plain(self.content), indent=1, ensure_ascii=False))
+        write_whole(self.run / RECORD, json.dumps(checkpoints.plain(self.content), indent=1))
 
 
 def describe_data(data: Any, module: Any = None) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from finetune.apart import train_apart
 from finetune.errors import ConfigError
 from finetune.record import read_record
 from finetune.runs import new_run
@@ -72,7 +72,7 @@ def plan_repeats(config: Any) -> Repeats | None:
     data = config.data.get("init_args") or {}
     folds = int(data.get("folds") or 0) if data.get("fold") is None else 0
     seeds = int(config.run.seeds)
-    if not folds and seeds == 1:
+    if (not folds and seeds == 1) or config.trainer.fast_dev_run:
         return None
     if config.get("ckpt_path"):
         raise ConfigError(
@@ -99,7 +99,7 @@ def repeat(words: Sequence[str], plan: Repeats) -> None:
     for number, (name, options) in enumerate(plan.trainings(), start=1):
         print(f"\n=== {name}: training {number} of {len(plan.trainings())}", flush=True)
         command = [*words, *options, "--run.folder", str(home), "--run.name", name]
-        failed = subprocess.run([sys.executable, "-c", _MAIN, *command], check=False).returncode
+        failed = train_apart(command)
         if failed:
             print(f"\n{name} ended with exit code {failed}.", file=sys.stderr)
             break
@@ -108,9 +108,6 @@ def repeat(words: Sequence[str], plan: Repeats) -> None:
         print(f"\n{table(results)}\nfiles  {_write(results, home / RESULTS)}")
     if failed:
         raise SystemExit(failed)
-
-
-_MAIN = "import sys; from finetune.main import main; main(sys.argv[1:])"
 
 
 def _result(folder: Path) -> dict[str, float]:

@@ -13,7 +13,7 @@ from finetune.runs import CHECKPOINTS, find_checkpoint, run_of
 from finetune.saving import LAST
 
 _FREE = {"workers", "eval_batch_size", "decoded", "reuse_budget"}  # how fast it goes, not what comes out
-_DRAW = ("split_seed", "val_fraction", "test_fraction")
+_DRAW = ("split_seed", "val_fraction", "test_fraction", "folds", "fold")
 
 
 def resolve_checkpoint(what: str | os.PathLike[str], run: Mapping[str, Any], verb: str) -> Path:

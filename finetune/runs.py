@@ -165,7 +165,7 @@ class RunLogger(CSVLogger):
         Args:
             row: Metrics, with `step`.
         """
-        self.experiment  # noqa: B018  # it drops what will be done again
+        self.experiment.go_on()
         file, step, names = Path(self.log_dir, "metrics.csv"), int(row["step"]), set(row) - {"step", "epoch"}
         there = []
         if file.is_file():
@@ -179,9 +179,17 @@ class RunLogger(CSVLogger):
 class _Writer(ExperimentWriter):
     def __init__(self, log_dir: str, until: int | None) -> None:
         super().__init__(log_dir)
-        file = Path(self.metrics_file_path)
-        if file.is_file():
-            self.metrics_keys = drop_repeated(file, until)
+        self._until, self._goes_on = until, Path(self.metrics_file_path).is_file()
+
+    def go_on(self) -> None:
+        """Drop what will be done again, once there is something to write: until then a resume may be refused."""
+        if self._goes_on:
+            self.metrics_keys, self._goes_on = drop_repeated(Path(self.metrics_file_path), self._until), False
+
+    def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
+        """Take a row."""
+        self.go_on()
+        super().log_metrics(metrics_dict, step)
 
     def _check_log_dir_exists(self) -> None:
         """Keep what is there: the folder is ours, and Lightning would delete `metrics.csv`."""

@@ -15,7 +15,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from finetune.errors import CheckpointError
@@ -106,6 +106,12 @@ class LastCheckpoint(Checkpoint):
         if self.interrupts.asked and isinstance(exception, Exception) and trainer.world_size == 1 and _between_steps(trainer):
             self._save(trainer)
 
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Obey a signal that came towards the end of the run."""
+        asked = self._agreed(trainer)[0]
+        if asked in STOPS:
+            self._obey(trainer, asked)
+
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Give the signals back."""
         self.interrupts.forget()
@@ -113,12 +119,13 @@ class LastCheckpoint(Checkpoint):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Let the checkpoints of a run whose folder was moved be where they are now."""
         now = self.path.parent
+        own = {str(callback.dirpath) for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)}
         for state in checkpoint.get("callbacks", {}).values():
             before = state.get("dirpath") if isinstance(state, Mapping) else None
             if not isinstance(before, str):
                 continue
             inside = Path(before).parent.name == now.name  # a folder within that of the checkpoints
-            _move(state, before, str(now / Path(before).name if inside else now))
+            _move(state, before if before in own else str(now / Path(before).name if inside else now))
 
     # ------------------------------------------------------------------------------------------------------------ private
 
@@ -174,11 +181,12 @@ def _between_steps(trainer: L.Trainer) -> bool:
     return trainer.training and 0 < done.ready == done.completed and done.completed % window == 0 and not trainer.is_last_batch
 
 
-def _move(state: Any, before: str, now: str) -> None:
-    """Replace a folder in the state of a callback that keeps checkpoints."""
+def _move(state: Any, now: str) -> None:
+    """Let all files that a callback keeps lie in one folder, whatever a checkpoint says: it deletes those that are worse."""
 
     def moved(path: str) -> str:
-        return str(Path(now, Path(path).name)) if path and Path(path).parent == Path(before) else path
+        name = Path(path).name
+        return str(Path(now, name)) if name not in ("", "..") else ""
 
     state["dirpath"] = now
     for name in ("best_model_path", "kth_best_model_path", "last_model_path"):

@@ -31,8 +31,12 @@ def job_folder(home: Path, command: Sequence[str]) -> Path | None:
 
 
 def requeued_checkpoint(folder: Path | None) -> Path | None:
-    """Return the checkpoint to go on from in a job that was requeued, the newest in its folder; None if there is none."""
+    """Return the checkpoint to go on from in a job that was requeued, the newest in its folders; None if there is none.
+
+    A start that was stopped before its first checkpoint left a folder, and the next one got a folder with a number behind it.
+    """
     if folder is None or int(os.environ.get("SLURM_RESTART_COUNT") or 0) == 0:
         return None
-    kept = [*folder.glob("hpc_ckpt_*.ckpt"), *folder.glob("checkpoints/last.ckpt")]
+    homes = [folder, *folder.parent.glob(f"{folder.name}-*")]
+    kept = [path for home in homes for path in (*home.glob("hpc_ckpt_*.ckpt"), *home.glob("checkpoints/last.ckpt"))]
     return max(kept, key=lambda path: path.stat().st_mtime, default=None)

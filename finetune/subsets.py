@@ -76,7 +76,7 @@ def fold_of(folder: PictureFolder, folds: int, fold: int, seed: int) -> PictureF
         for position, picture in enumerate(pictures):
             (val if (first + position) % folds == fold - 1 else train).append(picture)
         first += len(pictures)
-    return replace(_with(folder, {"train": train, "val": val}), drawn=("val",))
+    return replace(_with(folder, {"train": train, "val": val}), drawn=tuple({*folder.drawn, "val"}))
 
 
 def check_subset(shots: int | None, fraction: float, folds: int | None, fold: int | None) -> None:

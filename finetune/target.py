@@ -26,6 +26,8 @@ from finetune.randomness import seed_of
 from finetune.sample import BUILT_IN
 from finetune.walk import existing, order, subfolders, walk
 
+ORACLE = "oracle/target_acc"
+"""The accuracy on the target, which needs its labels; no checkpoint is chosen by it unless somebody asks for that."""
 UNKNOWN = -1
 """The label of a picture whose class is not known."""
 

@@ -26,6 +26,7 @@ class Timetable:
         steps_per_epoch: Optimizer steps of an epoch.
         ramp_steps: Steps over which a newly unfrozen stage comes in.
         stages: Names of all stages in the order of the network, the head last.
+        epochs: How many epochs the run has.
     """
 
     phases: tuple[Phase, ...]
@@ -33,6 +34,7 @@ class Timetable:
     steps_per_epoch: int
     ramp_steps: int
     stages: tuple[str, ...]
+    epochs: int = 0
 
     def factor(self, stage: str, step: int) -> float:
         """Return the factor of a stage's learning rate at a step, counted from 0; it is 0 while the stage is frozen."""
@@ -163,4 +165,4 @@ def build_timetable(trainer: L.Trainer, stages: Sequence[str], options: Mapping[
         milestones=options["step_milestones"] or (1 / 3, 2 / 3),
         drop=options["step_drop"],
     )
-    return Timetable(phases, schedule, per_epoch, max(1, round(options["ramp_epochs"] * per_epoch)), tuple(stages))
+    return Timetable(phases, schedule, per_epoch, max(1, round(options["ramp_epochs"] * per_epoch)), tuple(stages), epochs)

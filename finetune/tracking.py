@@ -97,7 +97,7 @@ class TensorBoardTracker(TensorBoardLogger):
         compared = {f"best/{record['monitor']}": 0.0} if record.get("monitor") else {}
         for part in hparams(options, compared):  # type: ignore[no-untyped-call]
             self.experiment._get_file_writer().add_summary(part)
-        text = json.dumps(record, indent=1, ensure_ascii=False, default=str)
+        text = json.dumps(record, indent=1, default=str)
         self.experiment.add_text("record", "\n".join(f"    {line}" for line in text.splitlines()))
 
     def show(self, name: str, pixels: Pixels, step: int) -> None:

@@ -145,6 +145,12 @@ class FinetuneCLI(LightningCLI):
     def _look_into(self, checkpoint: Path, config: Any) -> None:
         """Read a checkpoint before anything is built or written, and say what will be continued."""
         inside = checkpoints.read(checkpoint)
+        needed = {"global_step"} | ({"optimizer_states", "loops"} if self.subcommand == "fit" else set())
+        if lacking := sorted(needed - inside.keys()):
+            raise CheckpointError(
+                f"{checkpoint} holds weights, but no state of a training ({', '.join(lacking)}). Start from its weights: "
+                f"--model.weights {checkpoint}"
+            )
         self.done_steps, done = int(inside["global_step"]), progress_of(inside)[0]
         self.average = kind_of_average(inside)
         self.stored = {key: inside.get(key) for key in ("hyper_parameters", "datamodule_hyper_parameters", checkpoints.KEY)}

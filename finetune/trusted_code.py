@@ -41,6 +41,11 @@ def trust(*packages: str) -> None:
     _trusted.update(packages)
 
 
+def trusted_here() -> list[str]:
+    """Return the packages that are trusted where this is called, for a process that shall trust the same."""
+    return sorted(_trusted | (_guarded.get() or frozenset()))
+
+
 @contextmanager
 def guarding(typed: Iterable[str] = (), packages: Iterable[str] = ()) -> Iterator[None]:
     """Refuse code that is not known to be harmless, see `require_trusted`; what is trusted around this block is so within.

@@ -40,6 +40,8 @@ def nuclear_norm(logits: Tensor) -> Tensor:
         logits: (N, K).
     """
     shares = logits.softmax(1)
+    if not shares.isfinite().all():
+        return shares.sum() * math.nan  # which a decomposition would not take
     squared: Tensor = torch.linalg.eigvalsh(shares.T @ shares).clamp_min(0)  # K x K, however many pictures there are
     return squared.sqrt().sum() / math.sqrt(len(logits) * min(logits.shape))
 

@@ -101,11 +101,19 @@ def _predict(words: Sequence[str]) -> None:
     predict_to_file(**vars(options))
 
 
+def _count(text: str) -> int:
+    """Return a number of 0 or more; argparse says what is wrong with another."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"expected 0 or more, found {number}")
+    return number
+
+
 def _add_predictor_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tta", default="none", help="test-time augmentation: none, flip, or crops (default: none)")
     parser.add_argument("--temperature", type=float, help="what logits are divided by (default: what calibration stored, or 1)")
     parser.add_argument("--batch_size", type=int, default=64, help="pictures at a time (default: 64)")
-    parser.add_argument("--workers", type=int, help="processes that read pictures (default: from the cores)")
+    parser.add_argument("--workers", type=_count, help="processes that read pictures (default: from the cores)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
 
 
@@ -122,7 +130,7 @@ def _check(words: Sequence[str]) -> None:
     parser.add_argument("--out", metavar="FILE", help="write all findings to a .json or .csv file")
     parser.add_argument("--quick", action="store_true", help="read only headers and ends of files, as fit does by itself")
     parser.add_argument("--strict", action="store_true", help="let warnings count as errors")
-    parser.add_argument("--workers", type=int, help="processes that read pictures (default: from the cores)")
+    parser.add_argument("--workers", type=_count, help="processes that read pictures (default: from the cores)")
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     options = parser.parse_args(words)
     from finetune.check import check_to_terminal

@@ -1,5 +1,6 @@
 """Files from people who mean harm: nothing in them is run, and what they call things stays text."""
 
+import contextlib
 import csv
 import importlib
 import io
@@ -143,6 +144,19 @@ def test_python_reads_checkpoints_as_carefully(hostile, tmp_path, installed):
     assert installed.exists()
 
 
+def test_a_checkpoint_does_not_choose_who_builds_it(hostile, tmp_path, installed, monkeypatch):
+    spec = {"x": {"class_path": "their_nets.Net", "init_args": {}}}
+    builder = {"_instantiator": "lightning.pytorch.cli.instantiate_module", "optimizer_args": spec}
+    hostile.checkpoint(tmp_path / "a.ckpt", options={"num_classes": 2, "backbone": "test_resnet", **builder})
+    with contextlib.suppress(ConfigError, RuntimeError, SystemExit):  # it may load, as long as nothing is built
+        FinetuneModule.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert not installed.exists()
+    monkeypatch.setattr("finetune.module.guarded_parser", contextlib.nullcontext)
+    with contextlib.suppress(BaseException):
+        FinetuneModule.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert installed.exists(), "without the guard it would be"
+
+
 @pytest.mark.parametrize("name", ["os.system", "subprocess.Popen", "torch.load", "timm.models.load_checkpoint", "torch.Tensor"])
 def test_no_backbone_is_called_that_makes_no_network(name):
     with pytest.raises(ConfigError, match=r"is not run|is not called"):
@@ -209,12 +223,14 @@ def test_names_stay_text(hostile, tmp_path, read_page, capsys):
     assert {outcome.classes[label] for label in outcome.labels} == set(labels)
 
 
-@pytest.mark.parametrize("name", ["=1", "+1", "-1", "@a", "\t=1", "\ra", "'=1", "''=1", "'a", "a=1", "", "'", "=", "\u00e9"])
+@pytest.mark.parametrize(
+    "name", ["=1", "+1", "-1", "@a", "\t=1", "\ra", "\n=1", "'=1", "''=1", "'a", "a=1", "", "'", "=", "\u00e9"]
+)
 def test_cells_come_back(name):
     written = io.StringIO()
     csv.writer(written).writerow([cell(name)])
     (back,) = next(csv.reader(io.StringIO(written.getvalue(), newline=""))) or [""]
-    assert back[:1] not in tuple("=+-@\t\r")
+    assert back[:1] not in tuple("=+-@\t\r\n")
     assert from_cell(back) == name
 
 

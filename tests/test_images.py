@@ -246,3 +246,10 @@ def test_damaged_bytes_give_a_picture_or_a_data_error(tmp_path, kind):
         path.write_bytes(data.tobytes())
         with contextlib.suppress(DataError):
             assert read_image(path).dtype == torch.uint8
+
+
+def test_no_other_program_is_given_a_picture(tmp_path):
+    path = tmp_path / "cat.jpg"
+    Image.new("RGB", (8, 8), (200, 0, 0)).save(path, "EPS")  # a program in PostScript, which Ghostscript would run
+    with pytest.raises(DataError, match="not a picture in a known format"):
+        read_image(path)

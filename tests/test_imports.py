@@ -91,6 +91,7 @@ ORDER = [
     "record",
     "gradient_flow",
     "recipe_choice",
+    "apart",
     "repeats",
     "arguments",
     "callbacks",
@@ -128,12 +129,16 @@ ORDER = [
     "mistakes",
     "wandb_tracking",
     "tracking",
+    "run_callbacks",
+    "closing",
     "usage",
+    "training_cli",
     "training",
     "compare",
     "lr_verb",
     "verbs",
     "main",
+    "__main__",
 ]
 
 

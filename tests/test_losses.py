@@ -51,6 +51,14 @@ def test_weighted_loss_is_divided_by_pictures():
     assert classification_loss(LOGITS, LABELS, weight=weight).item() == pytest.approx(expected.item())
 
 
+@pytest.mark.parametrize("gamma", [0.1, 0.5, 1.0, 2.0])
+def test_focal_loss_of_a_sure_answer_has_a_finite_gradient(gamma):
+    for label in (0, 1):
+        logits = torch.tensor([[20.0, 0.0, 0.0]], requires_grad=True)
+        classification_loss(logits, torch.tensor([label]), focal_gamma=gamma).backward()
+        assert logits.grad.isfinite().all()
+
+
 def test_focal_loss_by_hand_and_against_torchvision():
     p = LOGITS.softmax(1)[torch.arange(4), LABELS]
     expected = sum((1 - q) ** 2 * -math.log(q) for q in p.tolist()) / 4

@@ -60,13 +60,13 @@ def test_smoothing_and_suggestion_by_hand():
     assert curve.smooth() == pytest.approx(smooth)
     first = next(i for i in range(11, 12) if smooth[i] > 3 * min(smooth[: i + 1]))  # not before the eleventh
     assert curve.exploded() == first
-    assert curve.suggestion() == pytest.approx(curve.rates[first] / 4)
+    assert curve.suggestion() == pytest.approx(curve.rates[first] / 5)
 
 
-def test_a_loss_that_never_explodes_suggests_a_quarter_of_the_last_rate():
+def test_a_loss_that_never_explodes_suggests_a_fifth_of_the_last_rate():
     curve = Curve([10.0**k for k in range(-12, 0)], [3.0] * 12)
     assert curve.exploded() is None
-    assert curve.suggestion() == pytest.approx(0.1 / 4)
+    assert curve.suggestion() == pytest.approx(0.1 / 5)
 
 
 def test_too_short_a_curve_is_said():
@@ -82,8 +82,8 @@ def test_the_factors_span_seven_powers_of_ten():
 def test_the_verb_writes_curve_and_picture_and_says_what_to_type(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = ["--config", "large", "--model.backbone", "test_resnet", "--model.weights", "none", "--data.image_size", "32"]
-    words += ["--data.workers", "0", "--data.shots", "20", "--trainer.max_steps", "15"]
-    main(["lr-find", *words])
+    words += ["--data.workers", "0", "--data.shots", "20"]
+    main(["lr-find", *words, "--trainer.max_steps", "15"])  # of the sweep, and not of the run that is suggested
     out = capsys.readouterr().out
     (table,) = tmp_path.glob("runs/lr_find/*/lr_find.csv")
     with table.open(newline="") as file:
@@ -93,6 +93,39 @@ def test_the_verb_writes_curve_and_picture_and_says_what_to_type(tmp_path, monke
     assert f"next   resnet-finetune fit {' '.join(words)} --model.lr {suggested}" in out
     assert table.with_name("lr_find.png").read_bytes()[:4] == b"\x89PNG"
     assert not list(tmp_path.glob("runs/large*")), "no run is kept"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--ckpt_path", "RUN"], "lr-find starts a run"),
+        (["--trainer.max_steps", "5"], "at least 10 steps"),
+        (["--trainer.fast_dev_run", "true"], "at least 10 steps"),
+    ],
+)
+def test_what_makes_no_sweep_is_refused(tmp_path, monkeypatch, capsys, words, says):
+    monkeypatch.chdir(tmp_path)
+    tiny = ["--model", "finetune.FinetuneModule", "--model.backbone", "test_resnet", "--model.weights", "none"]
+    if words[1] == "RUN":
+        main(["fit", *tiny, "--data.workers", "0", "--data.image_size", "32", "--trainer.max_epochs", "1", "--data.shots", "5"])
+        words = [words[0], str(next((tmp_path / "runs" / "run").iterdir()))]
+    with pytest.raises(SystemExit):
+        main(["lr-find", *tiny, *words])
+    assert says in capsys.readouterr().err
+
+
+def test_accumulated_gradients_are_one_step_and_a_rule_of_the_batch_is_not_applied_twice():
+    module, data = parts(lr_rule="linear", lr_batch=8)
+    seen = Rates()
+    options = {"accelerator": "cpu", "enable_progress_bar": False, "accumulate_grad_batches": 2}
+    curve = find_lr(module, data, steps=12, callbacks=[seen], **options)
+    assert len(curve.rates) == len(seen.rates)
+    assert [rates["head"] for rates in seen.rates] == pytest.approx([64 / 8 * rate for rate in curve.rates])
+
+
+def test_a_loss_that_becomes_negative_has_not_exploded():
+    curve = Curve([10.0**k for k in range(-30, 0)], [1.0 - 0.1 * k for k in range(30)])
+    assert curve.exploded() is None
 
 
 def test_the_verb_needs_stages(own_class, capsys):

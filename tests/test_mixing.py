@@ -78,6 +78,17 @@ def test_the_last_epochs_and_validation_see_plain_pictures():
     }
 
 
+def test_a_run_that_is_limited_by_steps_is_mixed_too():
+    L.seed_everything(0, verbose=False)
+    data = FolderDataModule("digits", batch_size=64, image_size=32, workers=0, shots=20)
+    module = FinetuneModule("test_resnet", num_classes=10, weights="none", mixup=0.4)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    seen = []
+    module.loss = lambda logits, labels: seen.append(labels.ndim) or FinetuneModule.loss(module, logits, labels)
+    L.Trainer(max_steps=6, limit_train_batches=2, limit_val_batches=0, **quiet).fit(module, datamodule=data)
+    assert seen == [2, 2, 2, 2, 1, 1]
+
+
 def test_what_is_kept_cannot_be_mixed():
     data = FolderDataModule("digits", batch_size=256, image_size=32, workers=0, augment="none", reuse="exact")
     module = FinetuneModule("test_resnet", num_classes=10, weights="none", freezing="head", mixup=0.2)

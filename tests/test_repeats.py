@@ -11,15 +11,17 @@ from finetune.main import main
 from finetune.repeats import Repeats, plan_repeats, summary, table
 
 
-def config(seeds=1, ckpt_path=None, **data):
+def config(seeds=1, ckpt_path=None, fast_dev_run=False, **data):
     run = SimpleNamespace(seeds=seeds, folder="runs", name="small")
     found = {"ckpt_path": ckpt_path}
-    return SimpleNamespace(data={"init_args": data}, run=run, seed_everything=3, get=found.get)
+    trainer = SimpleNamespace(fast_dev_run=fast_dev_run)
+    return SimpleNamespace(data={"init_args": data}, run=run, trainer=trainer, seed_everything=3, get=found.get)
 
 
 def test_what_is_planned():
     assert plan_repeats(config()) is None
     assert plan_repeats(config(folds=5, fold=2)) is None
+    assert plan_repeats(config(seeds=2, fast_dev_run=True)) is None  # it leaves no run to tabulate
     seeds = plan_repeats(config(seeds=2)).trainings()
     assert [name for name, _ in seeds] == ["seed-3", "seed-4"]
     assert seeds[1][1] == ["--seed_everything", "4", "--run.seeds", "1"]

@@ -4,11 +4,12 @@ import csv
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from finetune import FinetuneModule, FolderDataModule
@@ -125,3 +126,39 @@ def test_a_row_of_metrics_that_a_kill_left_out_is_written(tmp_path):
     fit(folder, resume=folder / "checkpoints" / "last.ckpt", epochs=4)
     assert len([row for row in rows(folder) if row.get("train/loss")]) == 4
     assert Path(folder / "checkpoints").is_dir()
+
+
+def test_a_signal_in_the_last_batch_is_obeyed_when_all_is_saved(tmp_path):
+    with pytest.raises(SIGTERMException):
+        fit(tmp_path / "a" / "1", Before(signal.SIGTERM, (1, 5)))
+    last = torch.load(tmp_path / "a" / "1" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert progress(last) == (2, 0)
+
+
+def test_a_checkpoint_cannot_name_files_elsewhere_and_a_callback_elsewhere_keeps_its_place(tmp_path):
+    best = ModelCheckpoint(tmp_path / "backup", "best", monitor="val/acc")
+    run = tmp_path / "a" / "1"
+    fit(run, best, epochs=1)
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    state = next(state for key, state in checkpoint["callbacks"].items() if key.startswith("ModelCheckpoint"))
+    state["best_k_models"] = {str(tmp_path / "backup" / ".." / "precious"): torch.tensor(0.0)}
+    state["kth_best_model_path"] = str(tmp_path / "precious")
+    state["best_model_path"] = str(tmp_path / "backup" / "..")
+    trainer = SimpleNamespace(checkpoint_callbacks=[best])
+    LastCheckpoint(run / "checkpoints").on_load_checkpoint(trainer, None, checkpoint)
+    inside = str(tmp_path / "backup")
+    assert state["dirpath"] == inside, "so that its best ones are not forgotten"
+    assert list(state["best_k_models"]) == [f"{inside}/precious"]
+    assert state["kth_best_model_path"] == f"{inside}/precious"
+    assert state["best_model_path"] == ""
+
+
+def test_a_forked_process_that_trains_listens(tmp_path):
+    signals = Interrupts()
+    child = os.fork()
+    if not child:
+        signals.listen([signal.SIGTERM])
+        signals.training = True
+        os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(0 if signals.asked == signal.SIGTERM else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -98,3 +98,12 @@ def test_only_a_requeued_job_goes_on_by_itself(tmp_path, monkeypatch):
     assert requeued_checkpoint(tmp_path) == tmp_path / "hpc_ckpt_1.ckpt"
     assert requeued_checkpoint(tmp_path / "new") is None
     assert requeued_checkpoint(None) is None
+
+
+def test_a_start_that_left_no_checkpoint_does_not_hide_the_next(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    first, second = tmp_path / "slurm-1-abcd", tmp_path / "slurm-1-abcd-2"
+    first.mkdir()
+    (second / "checkpoints").mkdir(parents=True)
+    (second / "checkpoints" / "last.ckpt").touch()
+    assert requeued_checkpoint(first) == second / "checkpoints" / "last.ckpt"

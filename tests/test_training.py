@@ -360,6 +360,40 @@ def test_a_training_that_ends_below_the_head_alone_says_so(tmp_path, capsys, rat
     assert ("the recipe linear_probe suits these pictures" in said) == worse
 
 
+def test_last_is_that_of_the_named_run_and_weights_alone_are_not_resumed(tmp_path, capsys):
+    short = [*TINY, "--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "1", "--trainer.max_epochs"]
+    main(["fit", *short, "1", "--run.name", "first"])
+    main(["fit", *short, "1", "--run.name", "second"])
+    main(["fit", *short, "2", "--run.name", "first", "--ckpt_path", "last"])
+    assert (len(values(only_run(tmp_path, "first"), "val/acc")), len(values(only_run(tmp_path, "second"), "val/acc"))) == (2, 1)
+    checkpoint = torch.load(only_run(tmp_path, "first") / "checkpoints" / "last.ckpt", weights_only=True)
+    del checkpoint["optimizer_states"], checkpoint["loops"]
+    torch.save(checkpoint, tmp_path / "weights.ckpt")
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "small", *short, "2", "--ckpt_path", "weights.ckpt"])
+    assert "no state of a training (loops, optimizer_states)" in capsys.readouterr().err
+
+
+def test_a_resume_that_is_refused_cuts_no_metrics(tmp_path, capsys):
+    data = digits_folder()
+    for name in "01":
+        (tmp_path / "some" / name).mkdir(parents=True)
+        for path in sorted((data / "train" / name).iterdir())[:8]:
+            (tmp_path / "some" / name / path.name).write_bytes(path.read_bytes())
+    main()
+    run = only_run(tmp_path, "run")
+    early = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    early["global_step"] = 1
+    torch.save(early, tmp_path / "early.ckpt")
+    (run / "checkpoints" / "early.ckpt").write_bytes((tmp_path / "early.ckpt").read_bytes())
+    before = (run / "metrics.csv").read_text()
+    next((tmp_path / "some" / "0").iterdir()).write_bytes(b"no picture")
+    with pytest.raises(SystemExit):
+        main(["fit", "--ckpt_path", str(run / "checkpoints" / "early.ckpt"), "--trainer.max_epochs", "3"])
+    assert "cannot be read" in capsys.readouterr().err
+    assert (run / "metrics.csv").read_text() == before
+
+
 def test_help_explains_the_options_of_model_and_data(capsys):
     main(["fit", "--help"])
     said = capsys.readouterr().out
