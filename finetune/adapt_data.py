@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from finetune.data import FolderDataModule, plain_root
 from finetune.errors import ConfigError, DataError
 from finetune.folders import SPLITS, Picture, Split
+from finetune.left_out import require_readable
 from finetune.loading import PictureDataset
 from finetune.pairs import TARGET, PairDataset, PairSampler, TargetDataset
 from finetune.randomness import global_seed, seed_of
@@ -57,6 +58,8 @@ class AdaptDataModule(FolderDataModule):
         workers: Processes that read pictures. By default one per core up to 8, and none for fewer than 64 pictures.
         eval_batch_size: Pictures per step and device in validation and test. By default twice the batch size.
     """
+
+    unreadable_remedy = ""
 
     def __init__(
         self,
@@ -147,8 +150,15 @@ class AdaptDataModule(FolderDataModule):
     # ---------------------------------------------------------------------------------------------- hooks of Lightning
 
     def setup(self, stage: str) -> None:
-        """Also print what was found in the target."""
+        """Also look at the target before training, and print what was found there.
+
+        Raises:
+            DataError: If there are pictures that cannot be read.
+        """
         super().setup(stage)
+        if stage == "fit" and self.trainer and not set(self.targets) <= set(BUILT_IN):
+            files = [picture.file for split in SPLITS for picture in self.target.splits[split]]
+            require_readable(self.target.root, files, self.workers)
         if stage == "fit" and (self.trainer is None or self.trainer.is_global_zero):
             number = len(self.labelled_target)
             drawn = f"\n{number} of the training pictures are trained with their labels" if number else ""

@@ -25,7 +25,7 @@ from finetune.decoded import Decoded, keep_decoded
 from finetune.errors import ConfigError, DataError, did_you_mean
 from finetune.folders import PictureFolder, Split, scan, summary, write_split
 from finetune.hardware import worker_count
-from finetune.left_out import leaving_out, look_before_training, tell_left_out, write_left_out
+from finetune.left_out import SKIP, leaving_out, look_before_training, tell_left_out, write_left_out
 from finetune.loading import EvalSampler, PictureDataset, Sampling, TrainSampler, even_batch_size
 from finetune.positioned import PositionedDataModule
 from finetune.randomness import global_seed, seed_of
@@ -89,6 +89,8 @@ class FolderDataModule(PositionedDataModule):
     Attributes:
         input_spec: The input that the loaders deliver; `setup` asks the model for it.
     """
+
+    unreadable_remedy = SKIP  # what can be done about pictures that cannot be read, beside replacing them
 
     def __init__(
         self,
@@ -224,7 +226,7 @@ class FolderDataModule(PositionedDataModule):
         self._restored = None
         first = trainer is None or trainer.is_global_zero
         if trainer and self.on_error == "raise" and self.root not in BUILT_IN:
-            look_before_training(self.folder, self.workers, first)
+            look_before_training(self.folder, self.workers, first, self.unreadable_remedy)
         if first:
             print(summary(self.folder))
             tell_left_out(self.folder)

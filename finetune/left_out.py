@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from finetune.errors import DataError
@@ -22,29 +22,49 @@ from finetune.survey import survey
 _NAMED = 5
 
 
-def look_before_training(folder: PictureFolder, workers: int | None = None, say: bool = True) -> None:
-    """Look at names and headers, which takes little time and is remembered.
+SKIP = " Or train without them: --data.on_error skip."
+
+
+def require_readable(root: Path, files: Sequence[str], workers: int | None = None, remedy: str = "") -> list[Finding]:
+    """Look at the headers of pictures, which takes little time and is remembered; return what is odd about them.
 
     Args:
-        folder: What `scan` found.
+        root: The folder.
+        files: Paths below it.
         workers: Processes that read; from the cores if None.
-        say: Print in a line what else may be wrong.
+        remedy: What can be done beside replacing them.
 
     Raises:
         DataError: If a picture cannot be read.
     """
-    files = [picture.file for split in SPLITS for picture in folder.splits[split]]
     bad: dict[str, str] = {}
     odd: list[Finding] = []
-    for file, look in examine_all(folder.root, files, full=False, workers=workers):
+    for file, look in examine_all(root, files, full=False, workers=workers):
         if look.error:
             bad[file] = look.error
         odd += [Finding(kind, file) for kind, _ in look.notes]
     if bad:
         raise DataError(
-            f"{len(bad)} of {len(files)} pictures of {folder.root} cannot be read: {named(bad)}. Replace or remove them, or "
-            f"train without them: --data.on_error skip. {advice(folder.root)}"
+            f"{len(bad)} of {len(files)} pictures of {root} cannot be read: {named(bad)}. Replace or remove them.{remedy} "
+            f"{advice(root)}"
         )
+    return odd
+
+
+def look_before_training(folder: PictureFolder, workers: int | None = None, say: bool = True, remedy: str = SKIP) -> None:
+    """Look at names and headers, see `require_readable`.
+
+    Args:
+        folder: What `scan` found.
+        workers: Processes that read; from the cores if None.
+        say: Print in a line what else may be wrong.
+        remedy: What can be done beside replacing pictures.
+
+    Raises:
+        DataError: If a picture cannot be read.
+    """
+    files = [picture.file for split in SPLITS for picture in folder.splits[split]]
+    odd = require_readable(folder.root, files, workers, remedy)
     if not say:
         return
     found = Findings(each for each in [*survey(folder.root).findings, *odd] if each.severity != "note")

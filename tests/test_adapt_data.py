@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
-from finetune import AdaptDataModule, ConfigError, DataError, FolderDataModule
+from finetune import AdaptDataModule, AdaptModule, ConfigError, DataError, FolderDataModule
 from finetune.pairs import PairSampler
 from finetune.target import UNKNOWN
 
@@ -197,6 +197,22 @@ def test_messages(domains):
         ConfigError, match=r"target_shots to be 0 or more and data\.steps_per_epoch at least 1, found -1 and None"
     ):
         module(domains, target_shots=-1)
+
+
+def test_a_broken_picture_of_either_domain_is_named_before_training(domains):
+    for name in ("photo", "sketch"):
+        broken = min((domains / name).rglob("*.png"))
+        kept = broken.read_bytes()
+        broken.write_bytes(b"no picture")
+        trainer = L.Trainer(
+            max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+        )
+        data = module(domains)
+        options = {"weights": "none", "num_classes": data.num_classes}
+        with pytest.raises(DataError, match=f"1 of .* pictures of .*{name} cannot be read: .*Replace or remove them") as caught:
+            trainer.fit(AdaptModule(backbone="test_resnet", adaptation="MCC", **options), data)
+        assert "on_error" not in str(caught.value), "which this data module does not have"
+        broken.write_bytes(kept)
 
 
 def test_grey_pictures_become_rgb(domains):
