@@ -7,12 +7,13 @@ import csv
 import itertools
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -24,6 +25,8 @@ from finetune.room import disk_error, tensor_bytes, unwritable
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
 RESUMED_CONFIG = "config.resumed.yaml"  # of the last resume, which may have prolonged the run
+_LOCK = ".lock"
+_PATIENCE = 10.0  # seconds; processes that read pictures hold the lock until they notice that their parent is gone
 _SHARED = "RESNET_FINETUNE_RUN"  # how the first process tells those that it starts
 
 
@@ -134,6 +137,36 @@ def drop_repeated(file: Path, until: int | None) -> list[str]:
         writer.writerows(kept)
     os.replace(partial, file)
     return columns
+
+
+@contextlib.contextmanager
+def only_here(run: Path | None) -> Iterator[None]:
+    """Let no other process train in a run's folder meanwhile: both would write its checkpoints.
+
+    Args:
+        run: The folder; nothing is done if None, and nothing where the file system has no locks.
+
+    Raises:
+        ConfigError: If one does.
+    """
+    if run is None:
+        yield
+        return
+    lock = FileLock(run / _LOCK)
+    try:
+        lock.acquire(timeout=_PATIENCE)
+    except Timeout:
+        raise ConfigError(
+            f"Another process is training in {as_typed(run)}. Wait until it is done, or stop it; or begin a run of your own."
+        ) from None
+    except (OSError, NotImplementedError):
+        yield
+        return
+    try:
+        yield
+    finally:
+        (run / _LOCK).unlink(missing_ok=True)
+        lock.release()
 
 
 class RunLogger(CSVLogger):

@@ -26,7 +26,7 @@ from finetune.resuming import compare_data, compare_run, progress_text, resolve_
 from finetune.resuming import progress as progress_of
 from finetune.room import is_full, unwritable
 from finetune.run_callbacks import RunCallbacks
-from finetune.runs import CONFIG, RESUMED_CONFIG, AtomicCheckpointIO, as_typed, new_run, run_of
+from finetune.runs import CONFIG, RESUMED_CONFIG, AtomicCheckpointIO, as_typed, new_run, only_here, run_of
 from finetune.sample import BUILT_IN
 from finetune.stopping import code_of, how_to_go_on, stop_signal
 from finetune.strategies import choose_strategy, processes_of
@@ -254,7 +254,8 @@ class FinetuneCLI(LightningCLI):
             self.kept.tracking.config = flat_options(self.config[self.subcommand].as_dict(), self.model)
         self._began = time.perf_counter()
         try:
-            with closing_if_it_fails(self.trainer.loggers):
+            here = self.run_folder if self.trainer.is_global_zero else None
+            with only_here(here), closing_if_it_fails(self.trainer.loggers):
                 self.trainer.fit(**kwargs)
         except MisconfigurationException as error:
             raise ConfigError(str(error)) from error

@@ -11,7 +11,7 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from finetune.errors import CheckpointError, ConfigError
-from finetune.runs import AtomicCheckpointIO, RunLogger, find_checkpoint, new_run, run_of
+from finetune.runs import AtomicCheckpointIO, RunLogger, find_checkpoint, new_run, only_here, run_of
 
 SHARED = "RESNET_FINETUNE_RUN"
 
@@ -208,3 +208,18 @@ def test_a_checkpoint_replaces_the_previous_one(tmp_path):
         AtomicCheckpointIO().save_checkpoint({"epoch": epoch}, tmp_path / "last.ckpt")
     assert torch.load(tmp_path / "last.ckpt", weights_only=True) == {"epoch": 2}
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("finetune.runs._PATIENCE", 0.1)
+    code = "import sys; from pathlib import Path; from finetune.runs import only_here\n"
+    code += "with only_here(Path(sys.argv[1])): print('mine', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "mine\n"
+        with pytest.raises(ConfigError, match="Another process is training in"), only_here(tmp_path):
+            raise AssertionError
+        other.communicate("")
+    with only_here(tmp_path):
+        assert list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir())
