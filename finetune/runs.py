@@ -7,6 +7,8 @@ import csv
 import itertools
 import os
 import shlex
+import signal
+import threading
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -228,6 +230,30 @@ class _Writer(ExperimentWriter):
         """Keep what is there: the folder is ours, and Lightning would delete `metrics.csv`."""
 
 
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Let signals whose handlers may raise wait: torch ends the process where one breaks into its writing of a file.
+
+    One of them is that of a process that reads pictures and has ended, as SIGTERM to a whole group comes to it, too.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[tuple[int, Any]] = []
+    numbers = [number for name in ("SIGCHLD", "SIGINT", "SIGTERM") if (number := getattr(signal, name, None)) is not None]
+    handlers: dict[int, Any] = {number: signal.getsignal(number) for number in numbers}
+    before = {number: handler for number, handler in handlers.items() if callable(handler)}
+    for number in before:
+        signal.signal(number, lambda *arguments: came.append(arguments))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number, frame in came:
+            before[number](number, frame)
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Write a checkpoint beside its place and move it there when it is whole, so that a kill leaves the previous one."""
 
@@ -246,11 +272,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.part")
         try:
-            with partial.open("wb") as handle:
-                torch.save(checkpoint, handle)
-                handle.flush()
-                os.fsync(handle.fileno())
-            os.replace(partial, path)
+            with _signals_wait():
+                with partial.open("wb") as handle:
+                    torch.save(checkpoint, handle)
+                    handle.flush()
+                    os.fsync(handle.fileno())
+                os.replace(partial, path)
         except (OSError, RuntimeError) as error:
             if disk_error(error) is None:
                 raise

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -223,3 +224,25 @@ def test_a_run_is_trained_by_one_process_at_a_time(tmp_path, monkeypatch):
     with only_here(tmp_path):
         assert list(tmp_path.iterdir())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGCHLD, signal.SIGTERM])
+def test_a_signal_that_raises_waits_for_the_checkpoint(tmp_path, monkeypatch, number):
+    def end(*_):
+        raise InterruptedError
+
+    def write(checkpoint, handle, *arguments, save=torch.save):
+        os.kill(os.getpid(), number)
+        for _ in range(1000):  # where the handler would be called
+            pass
+        save(checkpoint, handle)
+
+    before = signal.signal(number, end)
+    monkeypatch.setattr("finetune.runs.torch.save", write)
+    try:
+        with pytest.raises(InterruptedError):
+            AtomicCheckpointIO().save_checkpoint({"a": torch.ones(3)}, tmp_path / "last.ckpt")
+    finally:
+        assert signal.signal(number, before) == end, "given back"
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["a"].sum() == 3
+    assert not list(tmp_path.glob("*.part"))
