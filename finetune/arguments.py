@@ -71,16 +71,16 @@ def option_of(configs: Sequence[Path], *keys: str) -> Any:
 
 
 def without(words: Sequence[str], option: str) -> list[str]:
-    """Return words without an option and its values.
+    """Return words without an option, the options within it, and their values.
 
-    >>> without(["--a", "1", "--b=2", "--c"], "--a")
-    ['--b=2', '--c']
+    >>> without(["--a", "1", "--a.x=3", "--ab", "4", "--b=2"], "--a")
+    ['--ab', '4', '--b=2']
     """
     kept: list[str] = []
     waiting = iter(words)
     for word in waiting:
         name, equals, _ = word.partition("=")
-        if name != option:
+        if name != option and not name.startswith(f"{option}."):
             kept.append(word)
         elif not equals:
             next(waiting, None)

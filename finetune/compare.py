@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finetune.apart import train_apart
-from finetune.arguments import last_value
+from finetune.arguments import last_value, without
 from finetune.domain_table import domain_table
 from finetune.errors import ConfigError
 from finetune.runs import new_run
@@ -33,7 +33,7 @@ def compare(words: Sequence[str]) -> None:
         raise ConfigError("--compare trains anew: leave out --ckpt_path, or leave out --compare.")
     folder, name = last_value(words, "--run.folder") or "runs", last_value(words, "--run.name") or "domain_adaptation"
     home = new_run(Path(folder), f"{name}-compared")
-    trainings = {"as asked": list(words), **{floor: [*without_method(words), _OPTION, floor] for floor in FLOORS}}
+    trainings = {"as asked": list(words), **{floor: [*without(words, _OPTION), _OPTION, floor] for floor in FLOORS}}
     runs: dict[str, Path] = {}
     failed = 0
     for number, (title, options) in enumerate(trainings.items(), start=1):
@@ -48,20 +48,3 @@ def compare(words: Sequence[str]) -> None:
         print(f"\n{domain_table(runs)}\nfiles  {home}")
     if failed:
         raise SystemExit(failed)
-
-
-def without_method(words: Sequence[str]) -> list[str]:
-    """Return words without the choice of a method and without its options.
-
-    >>> without_method(["fit", "--model.adaptation", "CDAN", "--model.adaptation.hidden=8", "--model.lr", "0.1"])
-    ['fit', '--model.lr', '0.1']
-    """
-    kept: list[str] = []
-    waiting = iter(words)
-    for word in waiting:
-        name, equals, _ = word.partition("=")
-        if name != _OPTION and not name.startswith(f"{_OPTION}."):
-            kept.append(word)
-        elif not equals:
-            next(waiting, None)
-    return kept

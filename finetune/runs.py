@@ -161,14 +161,14 @@ def only_here(run: Path | None) -> Iterator[None]:
         raise ConfigError(
             f"Another process is training in {as_typed(run)}. Wait until it is done, or stop it; or begin a run of your own."
         ) from None
-    except (OSError, NotImplementedError):
-        yield
-        return
+    except (OSError, NotImplementedError):  # what filelock raises on a file system without locks: training goes on without one
+        pass
     try:
         yield
     finally:
-        (run / _LOCK).unlink(missing_ok=True)
-        lock.release()
+        if lock.is_locked:
+            (run / _LOCK).unlink(missing_ok=True)
+            lock.release()
 
 
 class RunLogger(CSVLogger):

@@ -9,7 +9,8 @@ import yaml
 from PIL import Image
 from tiny import SMALL_PICTURES
 
-from finetune.compare import FLOORS, without_method
+from finetune.arguments import without
+from finetune.compare import FLOORS
 from finetune.main import main
 
 TINY = [
@@ -27,7 +28,7 @@ TINY = [
 
 def test_words_without_the_method():
     words = ["fit", "--model.adaptation=CDAN", "--model.adaptation.hidden", "8", "--model.adaptation_x", "1", "--model.lr", "2"]
-    assert without_method(words) == ["fit", "--model.adaptation_x", "1", "--model.lr", "2"]
+    assert without(words, "--model.adaptation") == ["fit", "--model.adaptation_x", "1", "--model.lr", "2"]
 
 
 def test_a_method_and_its_floors_are_in_one_table(tmp_path, monkeypatch, capfd):

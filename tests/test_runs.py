@@ -246,3 +246,13 @@ def test_a_signal_that_raises_waits_for_the_checkpoint(tmp_path, monkeypatch, nu
         assert signal.signal(number, before) == end, "given back"
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["a"].sum() == 3
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_where_there_are_no_locks_training_goes_on_without(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr("finetune.runs.FileLock.acquire", refuse)
+    with pytest.raises(KeyError) as caught, only_here(tmp_path):
+        raise KeyError
+    assert caught.value.__context__ is None, "the user's error is not laid upon that of the lock"
