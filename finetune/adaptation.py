@@ -6,7 +6,7 @@ Those that come along are in `adaptation_methods`; they are also examples of how
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,15 @@ class Adaptation(nn.Module):
 
     uses_target = True
     restates_batchnorm = False
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Keep the method's layers in float32 where the module is cast to half precision: all it computes is in float32."""
+
+        def unless_half(value: Tensor) -> Tensor:
+            made = fn(value)
+            return value.to(made.device) if made.is_floating_point() and made.dtype.itemsize < 4 else made
+
+        return super()._apply(unless_half, recurse)  # type: ignore[no-untyped-call]
 
     def build(self, feature_dim: int, num_classes: int) -> None:
         """Make the layers that the method trains, if it has any; they learn at the head's rate.

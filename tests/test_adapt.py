@@ -131,6 +131,16 @@ def test_cdan_by_hand(entropy, widest):
     assert method.loss(batch)["loss"].item() == pytest.approx(sum(losses) / 2, rel=1e-10)
 
 
+@pytest.mark.parametrize("method", ["DANN", "CDAN", "MCC"])
+def test_a_run_in_half_precision_computes_its_method_in_single(domains, method):
+    network = module(method)
+    L.Trainer(**QUIET, max_epochs=1, limit_val_batches=0, precision="bf16-true").fit(network, data_of(domains))
+    kinds = {str(value.dtype) for value in network.adaptation.parameters()}
+    assert kinds == ({"torch.float32"} if method != "MCC" else set())
+    assert {value.dtype for value in network.backbone.parameters()} == {torch.bfloat16}
+    assert all(value.isfinite().all() for value in network.parameters())
+
+
 @pytest.mark.parametrize("kind", [DANN, CDAN])
 def test_features_learn_the_reverse_of_what_the_discriminator_learns(kind):
     """Differences say what the loss does when features move; the gradient on them must be that times -strength."""
@@ -424,11 +434,11 @@ def test_what_the_best_checkpoint_says_of_both_domains_is_kept(run, domains):
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
-@pytest.mark.parametrize("method", ["DANN", "AdaBN"])
-def test_a_resumed_run_comes_to_the_same_weights(domains, tmp_path, method):
+@pytest.mark.parametrize(("method", "precision"), [("DANN", "32-true"), ("DANN", "bf16-true"), ("AdaBN", "32-true")])
+def test_a_resumed_run_comes_to_the_same_weights(domains, tmp_path, method, precision):
     given = {"class_path": method, "init_args": {"hidden": 8} if method == "DANN" else {}}
     keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
-    options = {**QUIET, "max_epochs": 3}
+    options = {**QUIET, "max_epochs": 3, "precision": precision}
     models = []
     for more in ({"callbacks": [keep], "enable_checkpointing": True}, {}):
         L.seed_everything(0, verbose=False)
