@@ -20,8 +20,7 @@ def train_apart(words: Sequence[str]) -> int:
     Args:
         words: The verb and its options.
     """
-    trust = [word for package in trusted_here() for word in ("--trust", package)]
-    with subprocess.Popen([sys.executable, "-m", "finetune", *trust, *words]) as process:
+    with subprocess.Popen(_command(words)) as process:
 
         def leave_to_it(number: int, frame: FrameType | None) -> None:
             if number == signal.SIGTERM:
@@ -34,3 +33,14 @@ def train_apart(words: Sequence[str]) -> int:
             for number, handler in before.items():
                 signal.signal(number, handler)
     return code if code >= 0 else 128 - code
+
+
+def objection(words: Sequence[str]) -> str | None:
+    """Return what the command says against its options, or None; nothing is trained."""
+    done = subprocess.run(_command([*words, "--print_config"]), capture_output=True, text=True, check=False)
+    return done.stderr.strip() or f"exit code {done.returncode}" if done.returncode else None
+
+
+def _command(words: Sequence[str]) -> list[str]:
+    trust = [word for package in trusted_here() for word in ("--trust", package)]
+    return [sys.executable, "-m", "finetune", *trust, *words]

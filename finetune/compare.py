@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetune.apart import train_apart
+from finetune.apart import objection, train_apart
 from finetune.arguments import last_value, without
 from finetune.domain_table import domain_table
 from finetune.errors import ConfigError
@@ -26,14 +26,19 @@ def compare(words: Sequence[str]) -> None:
         words: `fit` and its options, as the user typed them.
 
     Raises:
-        ConfigError: If a run is to be resumed.
+        ConfigError: If a run is to be resumed, or the options do not allow another method.
         SystemExit: If a training fails; those that are done are in the table all the same.
     """
     if any(word.partition("=")[0] == "--ckpt_path" for word in words):
         raise ConfigError("--compare trains anew: leave out --ckpt_path, or leave out --compare.")
     folder, name = last_value(words, "--run.folder") or "runs", last_value(words, "--run.name") or "domain_adaptation"
-    home = new_run(Path(folder), f"{name}-compared")
     trainings = {"as asked": list(words), **{floor: [*without(words, _OPTION), _OPTION, floor] for floor in FLOORS}}
+    if found := objection(trainings[FLOORS[0]]):
+        raise ConfigError(
+            f"--compare trains {FLOORS[0]} beside what you ask for, which these options do not allow: expected those of\n"
+            f"resnet-finetune adapt. It says: {found}"
+        )
+    home = new_run(Path(folder), f"{name}-compared")
     runs: dict[str, Path] = {}
     failed = 0
     for number, (title, options) in enumerate(trainings.items(), start=1):

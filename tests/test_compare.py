@@ -31,6 +31,17 @@ def test_words_without_the_method():
     assert without(words, "--model.adaptation") == ["fit", "--model.adaptation_x", "1", "--model.lr", "2"]
 
 
+def test_a_recipe_without_adaptation_is_refused_before_anything_trains(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "small", "--data.root", "digits", "--compare"])
+    said = capfd.readouterr()
+    for part in ("SourceOnly", "resnet-finetune adapt", "There is no option 'adaptation'"):
+        assert part in said.err
+    assert "===" not in said.out
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_method_and_its_floors_are_in_one_table(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     for domain in ("source", "target"):
