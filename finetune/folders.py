@@ -115,7 +115,7 @@ def scan(
     folder = existing(Path(root).expanduser())
     skipped: Counter[str] = Counter()
     tolerant = choose is not None
-    trees = {split: _read_classes(folder, name, skipped, tolerant) for split, name in split_folders(folder, skipped).items()}
+    trees = {split: read_classes(folder, name, skipped, tolerant) for split, name in split_folders(folder, skipped).items()}
     left_out: dict[str, str] = {}
     if choose is not None:
         trees, left_out = choose(folder, trees)
@@ -214,8 +214,15 @@ def _are_splits(root: Path, names: Sequence[str], found: Sequence[str]) -> bool:
     return bool(with_classes)
 
 
-def _read_classes(root: Path, split: str, skipped: Counter[str], tolerant: bool) -> Tree:
-    """Return the pictures of each class folder; paths are below the root and in order."""
+def read_classes(root: Path, split: str, skipped: Counter[str], tolerant: bool = False) -> Tree:
+    """Return the pictures of each class folder; paths are below the root and in order.
+
+    Args:
+        root: The folder.
+        split: The folder of a split in it, or "" if it is not split.
+        skipped: Counts what is left out, by kind.
+        tolerant: Whether folders that cannot be opened are skipped, not refused.
+    """
     top = root / split
     names, loose = subfolders(str(top), Counter() if not split else skipped)
     if split:

@@ -11,8 +11,8 @@ from typing import NamedTuple
 from finetune import checkpoints
 from finetune.data import FolderDataModule
 from finetune.errors import DataError, did_you_mean
-from finetune.folders import SPLITS, Split, split_folders
-from finetune.walk import existing, order, subfolders, walk
+from finetune.folders import SPLITS, Split, read_classes, split_folders
+from finetune.walk import existing
 
 
 class Labelled(NamedTuple):
@@ -92,29 +92,31 @@ def pictures_in(root: str | os.PathLike[str], classes: tuple[str, ...], split: S
     if splits == {"train": ""}:
         if split is not None:
             raise DataError(f"{folder} is not split into train, val and test: leave --split out to measure on all of it.")
-        chosen, name = folder, str(root)
+        sub, name = "", str(root)
     else:
         wanted = split or next((each for each in reversed(SPLITS) if each in splits), "train")
         if wanted not in splits:
             raise DataError(f"{folder} has no split '{wanted}', it has: {', '.join(splits)}. Give another --split.")
-        chosen, name = folder / splits[wanted], f"{root} {wanted}"
-    return _labelled(chosen, name, classes, skipped)
+        sub, name = splits[wanted], f"{root} {wanted}"
+    files, labels = _labelled(folder, sub, classes, skipped)
+    return Labelled(folder / sub, name, files, labels)
 
 
-def _labelled(folder: Path, name: str, classes: tuple[str, ...], skipped: Counter[str]) -> Labelled:
+def _labelled(root: Path, split: str, classes: tuple[str, ...], skipped: Counter[str]) -> tuple[list[str], list[int]]:
     number = {each: label for label, each in enumerate(classes)}
-    files, labels = [], []
-    for found in sorted(subfolders(str(folder), skipped)[0], key=order):
-        inside = [str(folder / found / file) for file in walk(str(folder / found), skipped)]
-        label = number.get(order(found))
+    folder = root / split
+    files: list[str] = []
+    labels: list[int] = []
+    for found, inside in sorted(read_classes(root, split, skipped).items()):
+        label = number.get(found)
         if label is None and inside:
             raise DataError(
                 f"{folder} holds '{found}', which is no class of the model.{did_you_mean(found, classes)} It knows "
                 f"{', '.join(classes[:10])}{', …' if len(classes) > 10 else ''}. Rename or remove the folder."
             )
         if label is not None:
-            files += inside
+            files += [str(root / file) for file in inside]
             labels += [label] * len(inside)
     if not files:
         raise DataError(f"{folder} holds no picture of a class of the model: expected <class>/<picture>.")
-    return Labelled(folder, name, files, labels)
+    return files, labels

@@ -20,7 +20,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from finetune.errors import DataError, did_you_mean
-from finetune.folders import SPLITS, Picture, Split, split_folders
+from finetune.folders import SPLITS, Picture, Split, read_classes, split_folders
 from finetune.images import IMAGE_SUFFIXES
 from finetune.randomness import seed_of
 from finetune.sample import BUILT_IN
@@ -128,10 +128,7 @@ def _pictures(folder: Path, classes: tuple[str, ...], labels: bool) -> dict[Spli
         found["train"] = [Picture(file, UNKNOWN) for file in inside]
         return found
     for split, name in split_folders(folder, skipped).items():
-        inner, _ = subfolders(str(folder / name), skipped)
-        for each in sorted(inner, key=order):
-            prefix = f"{name}/{each}/" if name else f"{each}/"
-            files = sorted((prefix + file for file in walk(str(folder / name / each), skipped)), key=order)
+        for each, files in sorted(read_classes(folder, name, skipped).items()):
             label = _label(each, classes, folder) if files else UNKNOWN
             found[split] += [Picture(file, label) for file in files]
     return found

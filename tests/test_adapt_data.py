@@ -64,6 +64,8 @@ def test_labels_are_numbers_of_the_sources_classes_and_those_of_the_target_stay_
         assert batch["target"]["known"].tolist() == [UNKNOWN] * 4
         assert (batch["image"][:, 0, 0, 0] // 20).tolist() == batch["label"].tolist()
         assert (batch["target"]["image"][:, 0, 0, 0] >= 100).all()
+    (domains / "sketch" / "cat" / "up").symlink_to("..")  # would make every picture a cat
+    data = module(domains)
     watched = next(iter(data.val_dataloader()[1]))
     assert set(watched) == {"target"}
     assert sorted(set(watched["target"]["label"].tolist())) == [0, 2]  # owl is 2 although the target has no dog
