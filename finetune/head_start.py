@@ -147,7 +147,7 @@ def ridge(features: Array, labels: npt.NDArray[np.int64], classes: int) -> Linea
 
     target = np.eye(classes)[labels]
     alphas = _ALPHAS * float(features.var(0).mean())
-    solver = RidgeCV(alphas=alphas, store_cv_results=True).fit(features, target)
+    solver = RidgeCV(alphas=alphas).fit(features, target)
     left_out = target - signed_errors(features, target, float(solver.alpha_))
 
     def entropy(log_scale: float) -> float:

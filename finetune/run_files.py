@@ -218,17 +218,17 @@ def find_run(what: str, root: Path) -> Path:
     """Find the run that a user means.
 
     Args:
-        what: A run's folder, something in it, or `last`: the run that was written to last.
+        what: A run's folder, something in it, or `last`: the run that trained last.
         root: Where runs are kept.
 
     Raises:
         CheckpointError: If it is none.
     """
     if what == "last":
-        newest = max(root.glob(f"*/*/{CONFIG}"), key=lambda path: path.parent.stat().st_mtime, default=None)
-        if newest is None:
+        runs = [found.parent for found in root.glob(f"*/*/{CONFIG}")]
+        if not runs:
             raise CheckpointError(f"There is no run in {root}. Name its folder.")
-        return newest.parent
+        return max(runs, key=_trained_at)
     path = Path(what)
     inside = path.is_file() or path.name == CHECKPOINTS
     for folder in (path, path.parent, path.parent.parent) if inside else (path,):
@@ -240,6 +240,12 @@ def find_run(what: str, root: Path) -> Path:
     runs = sorted(found.parent for found in path.glob(f"**/{CONFIG}"))
     hint = f" There are runs below it, such as {runs[-1]}." if runs else ""
     raise CheckpointError(f"{path} is no run: expected a folder with {CONFIG}, {METRICS} or {RECORD}.{hint}")
+
+
+def _trained_at(run: Path) -> float:
+    """Return when a training last wrote to its folder; a report that is made there later is none."""
+    files = (run / name for name in (RECORD, METRICS, CONFIG))
+    return max(file.stat().st_mtime for file in files if file.is_file())
 
 
 def phase_name(train: list[str], stages: list[str]) -> str:

@@ -1,5 +1,8 @@
 """What is read back of a run, whole or broken."""
 
+import os
+import shutil
+
 import numpy as np
 import pytest
 
@@ -86,6 +89,18 @@ def test_a_run_is_found_by_its_folder_its_files_or_as_the_last(past_run, tmp_pat
     checkpoint.touch()
     for what in (run, checkpoint, checkpoint.parent, run / "metrics.csv", "last"):
         assert find_run(str(what), tmp_path / "runs") == run
+
+
+def test_a_report_that_is_written_later_makes_no_run_the_last(past_run, tmp_path):
+    old = past_run()
+    new = old.with_name("2026-02-01")
+    shutil.copytree(old, new)
+    for number, run in enumerate((old, new), start=1):
+        for file in run.iterdir():
+            os.utime(file, (number, number))
+    (old / "report.html").touch()
+    assert old.stat().st_mtime > 2
+    assert find_run("last", tmp_path / "runs") == new
 
 
 def test_what_is_no_run_is_refused_with_a_hint(past_run, tmp_path):
