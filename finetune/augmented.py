@@ -15,7 +15,8 @@ from torch import Tensor
 from finetune.figure_style import label
 from finetune.reuse import ReuseLoader
 from finetune.run_files import AUGMENTED
-from finetune.thumbnails import jpeg, sheet, write_whole
+from finetune.thumbnails import jpeg, sheet
+from finetune.whole import write_whole
 
 _MOST = 16
 

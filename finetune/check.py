@@ -14,9 +14,8 @@ from finetune.examined import examine_all
 from finetune.findings import SEVERITIES, Finding, Findings, sorted_findings
 from finetune.folders import scan
 from finetune.survey import Member, Survey, survey
-from finetune.thumbnails import write_whole
 from finetune.walk import existing
-from finetune.whole import require_free
+from finetune.whole import require_free, write_whole
 
 _EXPLAINED = {"unreadable-folder", "empty-class", "unknown-class", "layout"}  # errors of the layout that are named one by one
 

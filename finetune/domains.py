@@ -14,7 +14,7 @@ import numpy.typing as npt
 from finetune.outcomes import Outcome, read_outcome
 from finetune.predictor import Predictor
 from finetune.run_files import DOMAINS, PREDICTIONS
-from finetune.store import write_whole
+from finetune.whole import write_whole
 
 _FEWEST = 2  # pictures of a domain: one to learn from, one to measure on
 _MOST = 300  # pictures of each domain: t-SNE takes seconds for them

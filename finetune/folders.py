@@ -30,6 +30,7 @@ from finetune.escaping import cells, shown
 from finetune.images import IMAGE_SUFFIXES
 from finetune.randomness import seed_of
 from finetune.walk import existing, identity, order, subfolders, walk
+from finetune.whole import write_whole
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -170,9 +171,7 @@ def write_split(folder: PictureFolder, path: Path) -> None:
     if path.is_file() and path.read_bytes() == content:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_bytes(content)
-    beside.replace(path)
+    write_whole(path, content)
 
 
 # ------------------------------------------------------------------------------------------------------------ the layout

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from finetune.errors import DataError
 from finetune.escaping import cell, cells, from_cell
+from finetune.whole import beside
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Ints: TypeAlias = npt.NDArray[np.int64]
@@ -59,14 +60,12 @@ def write_outcome(outcome: Outcome, path: Path) -> None:
     spreadsheet would take for a formula are written behind an apostrophe, see `escaping.cell`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.part")
-    with partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as handle:
+    with beside(path) as partial, partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as handle:
         writer = csv.writer(handle)
         writer.writerow([*_FIRST, *(f"{_CLASS}{name}" for name in outcome.classes)])
         for file, true, best, row in zip(outcome.files, outcome.labels, outcome.predicted, outcome.probabilities, strict=True):
             shares = [f"{value:.9g}" for value in row]
             writer.writerow([*cells([file, outcome.classes[true], outcome.classes[best]]), shares[best], *shares])
-    os.replace(partial, path)
 
 
 def read_outcome(path: str | os.PathLike[str]) -> Outcome:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.errors import ConfigError
 from finetune.figures import svg
-from finetune.thumbnails import write_whole
 from finetune.version import __version__
+from finetune.whole import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

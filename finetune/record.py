@@ -37,10 +37,10 @@ from finetune.errors import CheckpointError, FinetuneError
 from finetune.folders import SPLITS, PictureFolder
 from finetune.hardware import describe_device
 from finetune.runs import CHECKPOINTS
-from finetune.store import write_whole
 from finetune.timetable import Timetable, stage_rates
 from finetune.version import __version__
 from finetune.weight_report import Report
+from finetune.whole import write_whole
 
 RECORD = "record.json"
 FORMAT = 1

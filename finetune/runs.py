@@ -23,6 +23,7 @@ from lightning.pytorch.loggers.csv_logs import CSVLogger, ExperimentWriter
 
 from finetune.errors import CheckpointError, ConfigError, did_you_mean
 from finetune.room import disk_error, tensor_bytes, unwritable
+from finetune.whole import beside
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
@@ -132,12 +133,10 @@ def drop_repeated(file: Path, until: int | None) -> list[str]:
         rows, columns = list(reader), list(reader.fieldnames or [])
     kept = [row for row in rows if None not in row and (row.get("step") or "").isdigit()]
     kept = [row for row in kept if until is None or int(row["step"]) < until]
-    partial = file.with_name(f"{file.name}.part")
-    with partial.open("w", newline="") as handle:
+    with beside(file) as partial, partial.open("w", newline="") as handle:
         writer = csv.DictWriter(handle, fieldnames=columns)
         writer.writeheader()
         writer.writerows(kept)
-    os.replace(partial, file)
     return columns
 
 

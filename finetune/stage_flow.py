@@ -7,7 +7,6 @@ known and are fetched together, so that a GPU is waited for once.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
+
+from finetune.whole import beside
 
 
 @dataclass(frozen=True)
@@ -146,9 +147,8 @@ def start_weights(parameters: Mapping[str, Tensor], file: Path | None, fresh: bo
     if file is None:
         return copies
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.part")
-    save_file(copies, partial)
-    os.replace(partial, file)
+    with beside(file) as partial:
+        save_file(copies, partial)
     return load_file(file)
 
 

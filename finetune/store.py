@@ -32,6 +32,7 @@ from tabulate import tabulate
 
 from finetune.errors import DataError
 from finetune.sample import cache_folder
+from finetune.whole import write_whole
 
 Rows = np.ndarray[Any, np.dtype[Any]]
 Load = Callable[[Sequence[range]], Iterator[Any]]
@@ -252,16 +253,6 @@ def _let_go(rows: Rows) -> None:
     mapped: Any = rows.base
     if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
         mapped.madvise(mmap.MADV_DONTNEED)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file so that it is whole or not there."""
-    partial = path.with_name(f"{path.name}.part")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def list_kept(root: Path | None = None, unused: float = 0.0) -> list[Kept]:

@@ -6,7 +6,6 @@ import base64
 import io
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -81,13 +80,3 @@ def sheet(pictures: Sequence[np.ndarray], captions: Sequence[str], columns: int 
             caption = caption[:-1]
         draw.text((left, top + height * factor + 2), caption, fill=_INK, font=font)
     return np.asarray(paper)
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file that is whole or not there."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

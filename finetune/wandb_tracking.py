@@ -26,8 +26,8 @@ from lightning.pytorch.loggers import WandbLogger
 from finetune.defaults import RunOptions
 from finetune.mistakes import Mistake, mistakes_of
 from finetune.runs import CHECKPOINTS, CONFIG
-from finetune.store import write_whole
 from finetune.thumbnails import thumbnail
+from finetune.whole import write_whole
 
 IDENTITY = "wandb.json"  # in the run's folder: which W&B run it is, so that a resumed run goes on with it
 PROJECT = "resnet-finetune"

@@ -22,6 +22,25 @@ def require_free(target: Path, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """Give a file to write that takes the place of `path` when it is complete; after an error `path` is as it was."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        yield partial
+        with partial.open("r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a small file, text as UTF-8, so that it is whole or not there."""
+    with beside(path) as partial:
+        partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """Give a folder to write into, which takes the place of `target` at the end; after an error that is as it was.
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finetune.thumbnails import data_uri, jpeg, sheet, thumbnail, write_whole
+from finetune.thumbnails import data_uri, jpeg, sheet, thumbnail
 
 
 @pytest.mark.parametrize(("size", "small"), [((400, 100), (160, 40)), ((30, 60), (30, 60)), ((1, 5000), (1, 160))])
@@ -50,10 +50,3 @@ def test_a_sheet_holds_every_picture_as_it_is(size, factor, letters):
 
 def test_without_captions_there_is_no_room_for_them():
     assert sheet([np.zeros((200, 100, 3), np.uint8)] * 3, ["", "", ""], columns=2).shape == (406, 206, 3)
-
-
-def test_a_file_is_replaced_as_a_whole(tmp_path):
-    write_whole(tmp_path / "a", b"one")
-    write_whole(tmp_path / "a", b"two")
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
-    assert (tmp_path / "a").read_bytes() == b"two"
