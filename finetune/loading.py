@@ -6,6 +6,7 @@ Randomness is a function here: an item's transform of (seed, epoch, path), an ep
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,11 +30,14 @@ Sampling = Literal["natural", "balanced"]
 class PictureDataset(Dataset[dict[str, Any]]):
     """Pictures, read and transformed; an item is asked for by its index, or by (epoch, index) if the transform is random.
 
+    A third number, that of the repeat, lets a picture that stands in an epoch several times look different each time.
+
     Args:
         root: The folder that the paths start from.
         pictures: Paths and labels.
         transform: uint8 (3, height, width) -> uint8 (3, size, size).
-        seed: Seed of a random transform, which then depends on (seed, epoch, path) alone; None for one without randomness.
+        seed: Seed of a random transform, which then depends on (seed, epoch, path, repeat) alone; None for one without
+            randomness.
         decoded: The pictures by their index where they were decoded before; they are read from their files if None.
         advice: Said when a picture cannot be read.
     """
@@ -61,8 +65,8 @@ class PictureDataset(Dataset[dict[str, Any]]):
         """Return the paths of the pictures, in order."""
         return [os.path.join(self.root, picture.file) for picture in self.pictures]
 
-    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
+    def __getitem__(self, key: int | tuple[int, ...]) -> dict[str, Any]:
+        epoch, index, *repeat = key if isinstance(key, tuple) else (0, key)
         file, label = self.pictures[index]
         try:
             image = read_image(os.path.join(self.root, file)) if self.decoded is None else self.decoded[index]
@@ -71,7 +75,7 @@ class PictureDataset(Dataset[dict[str, Any]]):
         if self.seed is None:
             image = self.transform(image)
         else:
-            with seeded(seed_of(self.seed, epoch, file)):
+            with seeded(seed_of(self.seed, epoch, file, *repeat)):
                 image = self.transform(image)
         return {"image": image, "label": label, "index": index}
 
@@ -86,7 +90,8 @@ class PictureError(DataError):
 class TrainSampler(DistributedSampler[Any]):
     """The order of an epoch as a function of (seed, epoch), from the batch on where the epoch stands.
 
-    It yields (epoch, index). Lightning leaves samplers of this base class as they are. The length is that of a whole epoch,
+    It yields (epoch, index), and (epoch, index, n) for the n-th repeat of a picture where classes are shown equally often.
+    Lightning leaves samplers of this base class as they are. The length is that of a whole epoch,
     equal on all processes; a remainder waits for another epoch. Iterating again within an epoch, as loaders that are combined
     with a longer one do, gives another order.
 
@@ -118,17 +123,17 @@ class TrainSampler(DistributedSampler[Any]):
         self.num_samples = max(1, self.pictures // world)
         self.total_size = self.num_samples * world
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
         epoch, done = self.position() if self.position else (self.epoch, 0)
         turn, skip = divmod(done, max(1, self.num_samples // self.batch_size))
         generator = torch.Generator().manual_seed(seed_of(self.seed, "order", epoch, turn))
         if self.labels is None:
-            order = torch.randperm(self.pictures, generator=generator).tolist()
+            order: list[tuple[int, ...]] = [(index,) for index in torch.randperm(self.pictures, generator=generator).tolist()]
         else:
-            order = balanced_order(self.labels, generator).tolist()
+            order = with_repeats(balanced_order(self.labels, generator).tolist())
         order *= -(-self.total_size // self.pictures)  # fewer pictures than processes
         mine = order[self.rank : self.total_size : self.num_replicas]
-        return iter([(epoch, index) for index in mine[skip * self.batch_size :]])
+        return iter([(epoch, *which) for which in mine[skip * self.batch_size :]])
 
 
 def balanced_order(labels: Tensor, generator: torch.Generator) -> Tensor:
@@ -152,6 +157,20 @@ def balanced_order(labels: Tensor, generator: torch.Generator) -> Tensor:
         parts.append(torch.cat([*turns, members[:0]])[:wanted])
     order = torch.cat(parts)
     return order[torch.randperm(len(order), generator=generator)]
+
+
+def with_repeats(order: Sequence[int]) -> list[tuple[int, ...]]:
+    """Return the pictures of an order, with the number of the repeat behind those that stood there before.
+
+    >>> with_repeats([4, 7, 4, 4])
+    [(4,), (7,), (4, 1), (4, 2)]
+    """
+    seen: Counter[int] = Counter()
+    found: list[tuple[int, ...]] = []
+    for index in order:
+        found.append((index, seen[index]) if seen[index] else (index,))
+        seen[index] += 1
+    return found
 
 
 class EvalSampler(DistributedSampler[Any]):

@@ -70,6 +70,17 @@ def test_logistic_gives_the_probabilities_of_scikit_learn(features):
     assert found == pytest.approx(theirs.predict_proba(x), abs=1e-6)
 
 
+def test_a_feature_that_hardly_varies_does_not_outvote_the_others(features):
+    x, y = features
+    almost_dead = np.zeros((len(x), 1))
+    almost_dead[0] = 1e-6
+    without, solution = logistic(x, y, 4), logistic(np.hstack([x, almost_dead]), y, 4)
+    alive = np.hstack([x, np.full((len(x), 1), 0.3 * x.std())])
+    logits = x @ without.weight.T + without.bias
+    assert alive @ solution.weight.T + solution.bias == pytest.approx(logits, abs=1e-3)
+    assert np.isfinite(logistic(np.zeros((4, 2)), np.arange(4), 4).weight).all()
+
+
 def test_logistic_of_two_classes_and_of_a_class_without_pictures(features):
     x, y = features
     two = y % 2

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from finetune.data import FolderDataModule
 from finetune.folders import Picture
 from finetune.loading import EvalSampler, PictureDataset, PictureError, TrainSampler, even_batch_size
 
@@ -79,3 +80,20 @@ def test_an_error_that_a_worker_wrapped_into_its_traceback_is_unwrapped():
         "Caught PictureError in DataLoader worker process 0.\nTraceback ...\nfinetune.loading.PictureError: a.png is empty.\n"
     )
     assert str(PictureError(inside)) == str(PictureError("a.png is empty.")) == "a.png is empty."
+
+
+def test_a_picture_that_stands_in_an_epoch_several_times_looks_different_each_time(tmp_path):
+    for name, number in (("many", 24), ("few", 3)):
+        (tmp_path / name).mkdir()
+        for i in range(number):
+            pixels = np.random.default_rng((len(name), i)).integers(0, 255, (32, 32, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
+    data = FolderDataModule(
+        tmp_path, image_size=32, val_fraction=0, augment="strong", sampling="balanced", batch_size=9, workers=0
+    )
+    batches = list(data.train_dataloader())
+    shown = [image.numpy().tobytes() for batch in batches for image in batch["image"][batch["label"] == 0]]
+    assert len(shown) in (13, 14)  # of three pictures
+    assert len(set(shown)) == len(shown)
+    again = [image.numpy().tobytes() for batch in data.train_dataloader() for image in batch["image"][batch["label"] == 0]]
+    assert again == shown
