@@ -14,7 +14,9 @@ from torch import Tensor
 
 from finetune import checkpoints
 from finetune.errors import CheckpointError, ConfigError
+from finetune.room import tensor_bytes, unwritable
 from finetune.stages import HEAD
+from finetune.whole import beside
 
 AVERAGED = "averaging_state"  # Lightning's entry in a checkpoint whose weights are an average
 
@@ -25,6 +27,16 @@ class PhaseAverage(WeightAveraging):
     It begins where the first phase that trains more than the head begins, and follows the weights until then: what a new head
     went through is not worth remembering.
     """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Make the average.
+
+        Raises:
+            ConfigError: If the module can have none.
+        """
+        if stage == "fit" and (reason := getattr(pl_module, "why_no_average", None)):
+            raise ConfigError(f"{reason} Leave out --run.ema, and set --run.wise_ft null.")
+        super().setup(trainer, pl_module, stage)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore the average and the weights behind it; a test needs the average alone, and the module has it."""
@@ -90,6 +102,19 @@ class WiseFT(PhaseAverage):
         """Leave the average to this class."""
         return False
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Make the average.
+
+        Raises:
+            ConfigError: If the module's BatchNorm statistics become others in validation, which a mixture would undo.
+        """
+        if stage == "fit" and getattr(getattr(pl_module, "adaptation", None), "restates_batchnorm", False):
+            raise ConfigError(
+                f"{type(pl_module.adaptation).__name__} measures the model with the target's BatchNorm statistics, and "
+                "run.wise_ft mixes them with those at the start. Leave the mixture out: --run.wise_ft null."
+            )
+        super().setup(trainer, pl_module, stage)
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Remember the weights, unless a checkpoint brought those of the start."""
         if not self._start:
@@ -97,8 +122,7 @@ class WiseFT(PhaseAverage):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
         """Refuse a random start, before the first step; the module knows its phases by now."""
-        report = getattr(pl_module, "weights_report", None)
-        random = report is not None and report.head == "new" and pl_module.hparams["head_init"] == "default"
+        random = getattr(pl_module, "head_is_new", False) and pl_module.hparams["head_init"] == "default"
         if random and not trainer.global_step and not first_step(pl_module):
             raise ConfigError(
                 "run.wise_ft mixes the trained weights with those at the start, and there this head is random. Let it be "
@@ -229,7 +253,7 @@ class BestEpochs(ModelCheckpoint):
         self.soup = folder / "soup.ckpt"
 
     def average(self, trainer: L.Trainer) -> float | None:
-        """Write the average of the best epochs as soup.ckpt and return what it reaches in validation; None if it cannot be.
+        """Write the average of the best epochs as soup.ckpt and return what it reaches; None where there are none to average.
 
         Args:
             trainer: The trainer behind its training.
@@ -237,9 +261,18 @@ class BestEpochs(ModelCheckpoint):
         ranked = sorted(self.best_k_models.items(), key=lambda item: float(item[1]), reverse=self.mode == "max")
         if len(ranked) < 2:
             return None
+        fault = None
         if trainer.is_global_zero:
-            soup([Path(path) for path, _ in ranked], self.soup)
-        trainer.strategy.barrier()
+            try:
+                soup([Path(path) for path, _ in ranked], self.soup)
+            except CheckpointError as error:
+                fault = f"warning: There is no average of the best epochs. {error}"
+        if fault := trainer.strategy.broadcast(fault):
+            trainer.print(fault)
+            return None
+        if not str(self.monitor).startswith("val/"):  # what training measures, a finished model has no value of
+            trainer.print(f"warning: {self.monitor} is not measured in validation, so {self.soup.name} cannot be compared.")
+            return None
         loggers, trainer.loggers = trainer.loggers, []
         try:
             data: Any = trainer
@@ -259,7 +292,7 @@ def soup(paths: Sequence[Path], out: Path) -> Path:
         out: The file to write.
 
     Raises:
-        CheckpointError: If there are fewer than two, or they are of different networks.
+        CheckpointError: If there are fewer than two, they are of different networks, or there is no room.
     """
     if len(paths) < 2:
         raise CheckpointError(f"An average needs at least 2 checkpoints, found {len(paths)}.")
@@ -281,5 +314,9 @@ def soup(paths: Sequence[Path], out: Path) -> Path:
     }
     kept = {"state_dict", "hyper_parameters", "datamodule_hyper_parameters", checkpoints.KEY, "epoch", "global_step"}
     kept |= {"pytorch-lightning_version", "hparams_name", "datamodule_hparams_name"}
-    torch.save({key: value for key, value in first.items() if key in kept}, out)
+    try:
+        with beside(out) as partial, partial.open("wb") as handle:  # its own errors say why, those of torch do not
+            torch.save({key: value for key, value in first.items() if key in kept}, handle)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(unwritable(out.parent, error, tensor_bytes(first["state_dict"]))) from error
     return out

@@ -7,12 +7,23 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 
+from finetune.errors import ConfigError
 from finetune.freezing import phase_at
 from finetune.timetable import Timetable
 
 
+def has_validation(trainer: L.Trainer) -> bool:
+    """Say whether a training validates; known once it has started."""
+    return bool(trainer.enable_validation and sum(trainer.num_val_batches))
+
+
 class EpochLine(Callback):
     """Print one line per epoch with the metrics that matter."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say so if nothing will be measured."""
+        if not has_validation(trainer):
+            pl_module.print("note: without validation there is no best checkpoint; last.ckpt is kept")
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print the line."""
@@ -32,6 +43,18 @@ class PhaseEarlyStopping(EarlyStopping):
     A plateau of the linear probe is the sign to go on with the next phase, not to stop. Arguments are those of Lightning's
     `EarlyStopping`.
     """
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Make sure that there is something to watch.
+
+        Raises:
+            ConfigError: If a metric of the validation is asked for, and there is none.
+        """
+        if str(self.monitor).startswith("val/") and not has_validation(trainer):
+            raise ConfigError(
+                f"run.patience waits for {self.monitor} to improve, but there are no validation pictures. Give some "
+                "(data.val_fraction, or a folder val), or leave run.patience out."
+            )
 
     def _run_early_stopping_check(self, trainer: L.Trainer) -> None:
         rates: Any = getattr(trainer.lightning_module, "timetable", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,7 +22,9 @@ from finetune.domain_table import domain_table
 from finetune.domains import measure_domains
 from finetune.errors import FinetuneError
 from finetune.explain import draw_mistakes
+from finetune.keep_outcomes import KeepOutcomes
 from finetune.module import FinetuneModule
+from finetune.record import RunRecord
 from finetune.report import write_report
 from finetune.runs import CHECKPOINTS, as_typed
 
@@ -61,7 +64,8 @@ def close_run(run: Path, trainer: L.Trainer, best: ModelCheckpoint, epochs: Best
         floor = getattr(module, "start_accuracy", None)
         if best.monitor == "val/acc" and floor is not None and floor - float(score) > 1e-6:
             say(f"note   The head alone had val/acc {floor:.4f} before training: the recipe linear_probe suits these pictures.")
-    chosen = _soup(trainer, epochs, score) or chosen
+    if epochs is not None and score is not None:
+        _compare_soup(trainer, epochs, chosen, float(score))
     say(f"time   {progress.duration(seconds)} for training")
     if _has_test(module, data):
         results = trainer.test(datamodule=data, ckpt_path=str(chosen), weights_only=True, verbose=False)
@@ -75,15 +79,24 @@ def close_run(run: Path, trainer: L.Trainer, best: ModelCheckpoint, epochs: Best
         say(f"next   resnet-finetune predict {shlex.quote(as_typed(run))} PICTURES --out predictions.csv")
 
 
-def _soup(trainer: L.Trainer, epochs: BestEpochs | None, best: Any) -> Path | None:
-    """Average the best epochs if that was asked for, and return the checkpoint if it is better than the best of them."""
-    value = None if epochs is None else epochs.average(trainer)
-    if epochs is None or value is None:
-        return None
-    better = best is not None and (value > float(best) if epochs.mode == "max" else value < float(best))
-    verdict = "better, and measured below" if better else "no better"
-    say(f"soup   {epochs.monitor} {value:.4f}, {verdict} ({as_typed(epochs.soup)})")
-    return epochs.soup if better else None
+def _compare_soup(trainer: L.Trainer, epochs: BestEpochs, best: Path, score: float) -> None:
+    """Average the best epochs; an average that is better than the best of them becomes the best checkpoint of the run."""
+    value = epochs.average(trainer)
+    if value is None:
+        say("soup   There is none: fewer than two epochs were measured.")
+        return
+    if not (value > score if epochs.mode == "max" else value < score):
+        say(f"soup   {epochs.monitor} {value:.4f}, no better ({as_typed(epochs.soup)})")
+        return
+    if trainer.is_global_zero:
+        os.replace(epochs.soup, best)
+    trainer.strategy.barrier()
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, KeepOutcomes):
+            callback.write_latest(trainer)
+        elif isinstance(callback, RunRecord):
+            callback.note_average(trainer, value, len(epochs.best_k_models))
+    say(f"soup   {epochs.monitor} {value:.4f}, better: it is {as_typed(best)} now, and its epochs are in epochs/")
 
 
 @rank_zero_only

@@ -64,6 +64,8 @@ class DistillModule(FinetuneModule):
             self.head.requires_grad_(False)
             self._never_trained |= {f"head.{name}" for name, _ in self.head.named_parameters()}
 
+    why_no_average = "A student gets its projector only when the teacher is known, too late for an average of the weights."
+
     @property
     def classifies(self) -> bool:
         """Whether the head learns, too."""

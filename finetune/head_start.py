@@ -6,6 +6,8 @@ trained but solved; fine-tuning then starts from its accuracy instead of from ch
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import numpy as np
@@ -15,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
+from finetune.batch_statistics import batchnorm_layers, restate
 from finetune.errors import ConfigError
 from finetune.losses import class_weights
 from finetune.randomness import global_seed, seed_of
@@ -64,6 +67,9 @@ def start_head(module: FinetuneModule, trainer: Any, kind: HeadInit) -> str:
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
         return "head: starts at zero"
+    if batchnorm_layers(module.embedding):  # of a bottleneck, which has seen no picture yet
+        with _measuring(module, trainer):
+            restate(module.embedding, (batch["image"] for batch in _batches(module, trainer, "train")), module.features)
     features, labels = split_features(module, trainer, "train")
     if kind == "ridge":
         solution = ridge(features, labels, head.out_features)
@@ -107,6 +113,24 @@ def split_features(module: FinetuneModule, trainer: Any, split: Literal["train",
     Raises:
         ConfigError: If the data module has no method `eval_loader`.
     """
+    found = []
+    with _measuring(module, trainer), torch.inference_mode():
+        for batch in _batches(module, trainer, split):
+            found.append((module.features(batch["image"]).double().cpu().numpy(), batch["label"].numpy()))
+    return np.concatenate([f for f, _ in found]), np.concatenate([label for _, label in found])
+
+
+@contextlib.contextmanager
+def _measuring(module: FinetuneModule, trainer: Any) -> Iterator[None]:
+    """Let a module measure, on its device and in the precision of the run."""
+    mode = module.training
+    module.to(trainer.strategy.root_device).eval()
+    with trainer.precision_plugin.forward_context():
+        yield
+    module.train(mode)
+
+
+def _batches(module: FinetuneModule, trainer: Any, split: Literal["train", "val"]) -> Iterator[dict[str, Any]]:
     data = trainer.datamodule
     if not hasattr(data, "eval_loader"):
         raise ConfigError(
@@ -119,14 +143,8 @@ def split_features(module: FinetuneModule, trainer: Any, split: Literal["train",
         drawn = np.random.default_rng(seed_of(global_seed(), "head")).choice(number, _MOST, replace=False)
         dataset = Subset(dataset, sorted(drawn.tolist()))
     batches = DataLoader(dataset, loader.batch_size, num_workers=loader.num_workers)
-    mode, found = module.training, []
-    module.to(trainer.strategy.root_device).eval()
-    with torch.inference_mode(), trainer.precision_plugin.forward_context():
-        for batch in tqdm(batches, desc="features for the head", leave=False, disable=None):
-            features = module.features(batch["image"].to(module.device))
-            found.append((features.double().cpu().numpy(), batch["label"].numpy()))
-    module.train(mode)
-    return np.concatenate([f for f, _ in found]), np.concatenate([label for _, label in found])
+    for batch in tqdm(batches, desc="features for the head", leave=False, disable=None):
+        yield {**batch, "image": batch["image"].to(module.device)}
 
 
 _LEAST_SCALE = 0.1

@@ -75,6 +75,10 @@ class KeepOutcomes(Callback):
         """Write the table of the test."""
         self._write(trainer, self._together(trainer, pl_module, "test"))
 
+    def write_latest(self, trainer: L.Trainer) -> None:
+        """Write the table of the validation that was last: its checkpoint is the best one now."""
+        self._write(trainer, self._latest)
+
     def _write(self, trainer: L.Trainer, outcomes: Mapping[str, Outcome]) -> None:
         for split, outcome in outcomes.items():
             if trainer.is_global_zero:

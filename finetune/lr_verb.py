@@ -34,6 +34,8 @@ class LearningRateCLI(FinetuneCLI):
         data = config.data.get("init_args") or {}
         if data.get("folds") and data.get("fold") is None:
             data["fold"] = 1
+        if "reuse" in data:
+            data["reuse"] = "off"  # a sweep passes over few pictures, once
         super().before_instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:

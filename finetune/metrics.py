@@ -40,6 +40,19 @@ class MeanLoss(Metric):
         return self.total / self.number
 
 
+class MeanRecall(MulticlassAccuracy):
+    """Mean recall over the classes that have pictures, which scikit-learn calls balanced accuracy.
+
+    The macro average of torchmetrics counts a class without pictures as 0 as soon as one picture is taken for it.
+    """
+
+    def compute(self) -> Tensor:
+        """Return the mean, a scalar."""
+        right, _, _, missed = self._final_state()
+        number = right + missed
+        return (right / number)[number > 0].mean() if bool((number > 0).any()) else torch.tensor(0.0, device=right.device)
+
+
 def build_metrics(split: str, num_classes: int) -> MetricCollection:
     """Return `{split}/acc`, and outside training `acc_macro`, `f1` (macro) and, with more than 5 classes, `acc_top5`.
 
@@ -54,7 +67,7 @@ def build_metrics(split: str, num_classes: int) -> MetricCollection:
     metrics: dict[str, Metric | MetricCollection] = {"acc": accuracy("micro")}
     alike = [["acc"]]  # whose counts are shared; left to itself, torchmetrics takes those that are equal after a batch
     if split != "train":
-        metrics["acc_macro"] = accuracy("macro")
+        metrics["acc_macro"] = MeanRecall(num_classes=num_classes, average="macro", validate_args=False)
         alike.append(["acc_macro", "f1"])
         metrics["f1"] = MulticlassF1Score(num_classes=num_classes, average="macro", validate_args=False)
         if num_classes > 5:

@@ -32,8 +32,10 @@ class Mixing:
 
         >>> [Mixing(0.2, 0, 10, 0.9).applies(epoch, 5) for epoch in range(5)]
         [True, True, True, True, False]
+        >>> Mixing(0.2, 0, 10, 0.9).applies(0, 1)  # a run of one epoch has no last one to leave out
+        True
         """
-        off = 0 if self.share >= 1 else max(1, round((1 - self.share) * epochs))
+        off = 0 if self.share >= 1 else min(max(1, round((1 - self.share) * epochs)), max(0, epochs - 1))
         return bool(self.ways) and epoch < epochs - off
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

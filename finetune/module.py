@@ -33,7 +33,7 @@ from finetune.reuse import Kept
 from finetune.schedules import ScheduleName
 from finetune.staged import StagedModule
 from finetune.stages import split_head
-from finetune.strategies import require_searching
+from finetune.strategies import refuse_synchronised_batchnorm, require_searching
 from finetune.timetable import Timetable, build_timetable, run_length
 from finetune.transforms import InputSpec
 from finetune.trusted_code import guarded_parser, guarding
@@ -84,7 +84,7 @@ class FinetuneModule(StagedModule):
         step_drop: By what step multiplies the learning rate.
         label_smoothing: Label smoothing of the training loss (Szegedy et al. 2016).
         class_weights: Weights of the classes in the training loss, from their numbers of pictures: none, balanced (each class
-            weighs the same) or effective (milder; Cui et al. 2019).
+            weighs the same) or effective (milder for large classes; Cui et al. 2019).
         focal_gamma: Exponent of the focal loss (Lin et al. 2017), such as 2; 0 for cross-entropy.
         mixup: Mix pairs of training pictures (Zhang et al. 2018); the parameter of the Beta distribution, such as 0.2.
         cutmix: Paste parts of training pictures into others (Yun et al. 2019); the parameter, such as 1.0.
@@ -101,6 +101,7 @@ class FinetuneModule(StagedModule):
     """
 
     timetable: Timetable | None = None
+    _head_has_learned = False
     start_accuracy: float | None = None  # on the validation pictures, of a head that was solved for
 
     def __init__(
@@ -307,6 +308,7 @@ class FinetuneModule(StagedModule):
                 require_searching(
                     self.trainer, f"With model.freezing {self.hparams['freezing']} not everything trains all the time"
                 )
+            refuse_synchronised_batchnorm(self.trainer, self.backbone)
             self._phase = self._hashed = None
             self.train()
             everything = Phase(tuple(self.stage_names), False, 0, 1)
@@ -315,9 +317,17 @@ class FinetuneModule(StagedModule):
 
     def on_fit_start(self) -> None:
         """Let a new head start as the options say, unless a checkpoint will bring it."""
-        new = self.weights_report.head == "new" and self.trainer.ckpt_path is None
-        if new and self.hparams["head_init"] != "default":
+        if self.head_is_new and self.trainer.ckpt_path is None and self.hparams["head_init"] != "default":
             self.print(start_head(self, self.trainer, self.hparams["head_init"]))
+
+    def on_train_end(self) -> None:
+        """Remember that the head has learned: another training goes on with it."""
+        self._head_has_learned = True
+
+    @property
+    def head_is_new(self) -> bool:
+        """Whether no weights brought the head, and no training has finished since."""
+        return self.weights_report.head == "new" and not self._head_has_learned
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer with all groups, and a scheduler that multiplies each by its factor at every step."""
@@ -397,6 +407,7 @@ class FinetuneModule(StagedModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take class names and input size from a checkpoint, and refuse one that contradicts the options of a resumed run."""
+        self._head_has_learned = True
         checkpoints.adopt(checkpoint, self)
         self.objective.load(checkpoint)
 

@@ -37,8 +37,17 @@ class Objective:
         self.start: dict[str, Tensor] | None = None
 
     def weigh_classes(self, data: object) -> None:
-        """Take the class weights from the training pictures of a data module, if they are asked for."""
+        """Take the class weights from the training pictures of a data module, if they are asked for.
+
+        Raises:
+            ConfigError: If the data module shows all classes equally often already.
+        """
         if self.options["class_weights"] != "none":
+            if getattr(data, "sampling", "natural") == "balanced":
+                raise ConfigError(
+                    f"model.class_weights {self.options['class_weights']} and data.sampling balanced would correct for uneven "
+                    "classes twice: rare ones would count for more than others. Leave one of them out."
+                )
             counts = training_counts(data, self.options["num_classes"])
             self.weight = class_weights(self.options["class_weights"], counts)
 

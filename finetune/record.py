@@ -11,7 +11,8 @@ It is written when training starts, after every epoch and at the end, whole or n
     weights     what was used of the pretrained weights, with a summary of one line
     stages      per stage: parameters, lr (the highest), trains_from_epoch (null if it never does)
     phases      per freezing phase: start, end (the epoch before which it ends), train, norms
-    monitor, mode, best   the metric that chooses the best checkpoint, and its value, epoch and checkpoint
+    monitor, mode, best   the metric that chooses the best checkpoint, and its value, epoch and checkpoint (average_of: how many
+                epochs it is the average of, the best of which is named)
     test        the metrics of the best checkpoint on the test split
 
 Epochs are counted from 0, as in `metrics.csv`. What is not known is null, or an empty list.
@@ -123,6 +124,12 @@ class RunRecord(Callback):
             self.content["error"] = str(exception) if own else f"{type(exception).__name__}: {exception}"
         self._note_best(trainer)
         self._write("failed" if isinstance(exception, Exception) else "stopped")
+
+    def note_average(self, trainer: L.Trainer, value: float, epochs: int) -> None:
+        """Note that an average of so many of the best epochs is the best checkpoint now, and what it reaches."""
+        if trainer.is_global_zero and self.content.get("best"):
+            self.content["best"] |= {"value": value, "average_of": epochs}
+            self._write(self.content["state"])
 
     # -------------------------------------------------------------------------------------------------------- private
 

@@ -72,6 +72,8 @@ def plan_repeats(config: Any) -> Repeats | None:
     data = config.data.get("init_args") or {}
     folds = int(data.get("folds") or 0) if data.get("fold") is None else 0
     seeds = int(config.run.seeds)
+    if seeds < 1:
+        raise ConfigError(f"Expected run.seeds to be at least 1, found {seeds}.")
     if (not folds and seeds == 1) or config.trainer.fast_dev_run:
         return None
     if config.get("ckpt_path"):
@@ -128,7 +130,8 @@ def table(results: dict[str, dict[str, float]]) -> str:
     """Return a table with a row per training, and one with mean and spread."""
     totals = summary(results)
     rows = [[name, *(f"{found[n]:.4f}" if n in found else "" for n in totals)] for name, found in results.items()]
-    rows.append(["mean ± spread", *(f"{mean:.4f} ± {spread:.4f}" for mean, spread in totals.values())])
+    if len(results) > 1:
+        rows.append(["mean ± spread", *(f"{mean:.4f} ± {spread:.4f}" for mean, spread in totals.values())])
     return tabulate(rows, ["training", *totals], disable_numparse=True)
 
 

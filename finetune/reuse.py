@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -219,8 +220,28 @@ def frozen_line_now(trainer: Any) -> str | None:
         return None
     if not any(module.frozen_line(phase) for phase in timetable.phases):
         raise ConfigError(f"data.reuse has nothing to keep: {module.why_nothing_is_frozen()}. Set data.reuse off.")
+    if any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):
+        _refuse_refreezing(module, timetable.phases)
     found: str | None = module.frozen_line(module.phase)
     return found
+
+
+def _refuse_refreezing(module: Any, phases: Sequence[Any]) -> None:
+    """Refuse to keep what stages compute that are frozen after they were trained: an average of the weights changes them still.
+
+    Raises:
+        ConfigError: If there are such stages.
+    """
+    trained: set[str] = set()
+    for phase in phases:
+        line = module.frozen_line(phase)
+        below = module.stage_names[: module.stage_names.index(line) + 1] if line else []
+        if again := [stage for stage in below if stage in trained]:
+            raise ConfigError(
+                f"data.reuse cannot keep what {again[0]} computes: it is frozen after it was trained, and run.ema and "
+                "run.wise_ft still change it. Set data.reuse off, or leave the average out."
+            )
+        trained |= set(module.stage_names) if phase.norms else set(phase.train)
 
 
 def frozen_rows(

@@ -9,36 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
 
-from finetune.averaging import WiseFT
 from finetune.errors import CheckpointError
 from finetune.store import format_bytes
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-
-def checkpoint_bytes(trainer: L.Trainer) -> int:
-    """Estimate the size of a checkpoint: the weights, and what the optimizers will keep of each parameter.
-
-    Args:
-        trainer: The trainer, whose optimizers are ready.
-    """
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    averages = sum(isinstance(callback, WeightAveraging) + isinstance(callback, WiseFT) for callback in callbacks)
-    weights = tensor_bytes(trainer.lightning_module.state_dict())
-    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    kept: int = sum(_per_parameter(group) * p.nbytes for group in groups for p in group["params"])
-    return weights * (1 + averages) + kept
-
-
-def _per_parameter(group: Mapping[str, Any]) -> int:
-    """Return how many numbers an optimizer keeps of each one that it trains."""
-    if "betas" in group:  # Adam and its kin
-        return 2
-    return 1 if group.get("momentum", 1) else 0
 
 
 def tensor_bytes(value: Any) -> int:

@@ -225,7 +225,7 @@ def find_run(what: str, root: Path) -> Path:
         CheckpointError: If it is none.
     """
     if what == "last":
-        runs = [found.parent for found in root.glob(f"*/*/{CONFIG}")]
+        runs = [found.parent for pattern in ("*/*", "*/*/*/*") for found in root.glob(f"{pattern}/{CONFIG}")]
         if not runs:
             raise CheckpointError(f"There is no run in {root}. Name its folder.")
         return max(runs, key=_trained_at)

@@ -89,8 +89,9 @@ def find_checkpoint(what: str, root: Path, name: str | None = None, prefer: str 
         CheckpointError: If there is none.
     """
     if what == "last":
-        found = root.glob(f"{name or '*'}/*/{CHECKPOINTS}/last.ckpt")
-        newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
+        single = root.glob(f"{name or '*'}/*/{CHECKPOINTS}/last.ckpt")
+        of_several = root.glob(f"{name or '*'}-*/*/*/*/{CHECKPOINTS}/last.ckpt")  # of --run.seeds, --data.folds or --compare
+        newest = max([*single, *of_several], key=lambda path: path.stat().st_mtime, default=None)
         if newest is None:
             where = root / name if name else root
             raise CheckpointError(f"There is no run with a checkpoint in {where}: start one without --ckpt_path.")

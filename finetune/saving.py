@@ -15,12 +15,13 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from finetune.averaging import WiseFT
 from finetune.errors import CheckpointError
 from finetune.interrupts import STOPS, Interrupts
-from finetune.room import checkpoint_bytes, require_room
+from finetune.room import require_room, tensor_bytes
 from finetune.runs import RunLogger
 
 LAST = "last.ckpt"
@@ -194,3 +195,24 @@ def _move(state: Any, now: str) -> None:
             state[name] = moved(state[name])
     if "best_k_models" in state:
         state["best_k_models"] = {moved(path): score for path, score in state["best_k_models"].items()}
+
+
+def checkpoint_bytes(trainer: L.Trainer) -> int:
+    """Estimate the size of a checkpoint: the weights, and what the optimizers will keep of each parameter.
+
+    Args:
+        trainer: The trainer, whose optimizers are ready.
+    """
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    averages = sum(isinstance(callback, WeightAveraging) + isinstance(callback, WiseFT) for callback in callbacks)
+    weights = tensor_bytes(trainer.lightning_module.state_dict())
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    kept: int = sum(_per_parameter(group) * p.nbytes for group in groups for p in group["params"])
+    return weights * (1 + averages) + kept
+
+
+def _per_parameter(group: Mapping[str, Any]) -> int:
+    """Return how many numbers an optimizer keeps of each one that it trains."""
+    if "betas" in group:  # Adam and its kin
+        return 2
+    return 1 if group.get("momentum", 1) else 0

@@ -69,9 +69,10 @@ def _ratio(top: Floats, bottom: Floats) -> Floats:
 def metrics(outcome: Outcome, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Interval]:
     """Compute all metrics, each with its 95 % interval.
 
-    acc, acc_macro (mean recall), f1 and precision (means over the classes that occur), acc_top5 with more than 5 classes, auroc
-    (area under the ROC curve, one class against the rest, mean) with up to 50 classes, nll (mean negative log-likelihood),
-    brier (mean squared distance of the probabilities from the truth, summed over classes) and ece (see `ece`).
+    acc, acc_macro (mean recall over the classes that have pictures), f1 and precision (means over those and the ones that are
+    named for a picture), acc_top5 with more than 5 classes, auroc (area under the ROC curve, one class against the rest, mean)
+    with up to 50 classes, nll (mean negative log-likelihood), brier (mean squared distance of the probabilities from the truth,
+    summed over classes) and ece (see `ece`).
 
     The interval is the percentile bootstrap (Efron & Tibshirani 1993): the pictures are drawn anew with replacement, so it
     covers the choice of pictures to measure with, not that of the training pictures.
@@ -107,11 +108,11 @@ def _all_metrics(outcome: Outcome) -> Callable[[Floats], dict[str, float]]:
 
     def compute(weights: Floats) -> dict[str, float]:
         table = confusion(outcome, weights).astype(np.float64)
-        scores, occurs = _per_class(table), table.sum(0) + table.sum(1) > 0
+        scores, occurs, held = _per_class(table), table.sum(0) + table.sum(1) > 0, table.sum(1) > 0
         total = weights.sum()
         found = {"acc": float(np.trace(table) / total)}
         for name, column in (("acc_macro", "recall"), ("f1", "f1"), ("precision", "precision")):
-            found[name] = float(scores[column][occurs].mean())
+            found[name] = float(scores[column][held if column == "recall" else occurs].mean())
         if len(outcome.classes) > 5:
             found["acc_top5"] = float(weights[rank < 5].sum() / total)
         if areas is not None:

@@ -11,6 +11,8 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.strategies import DDPStrategy
+from timm.layers import BatchNormAct2d
+from torch import nn
 
 from finetune import hardware
 from finetune.errors import ConfigError
@@ -34,6 +36,21 @@ def choose_strategy(asked: Any, module: Any, processes: int) -> Any:
 def processes_of(config: dict[str, Any]) -> int:
     """Return how many processes a trainer's options ask for."""
     return hardware.device_count(config["devices"], str(config["accelerator"])) * int(config["num_nodes"])
+
+
+def refuse_synchronised_batchnorm(trainer: L.Trainer, network: nn.Module) -> None:
+    """Refuse `sync_batchnorm` where it would drop activations: torch puts a plain layer in the place of timm's, which has one.
+
+    Raises:
+        ConfigError: If the trainer would do so.
+    """
+    if getattr(trainer.strategy, "_layer_sync", None) is None:
+        return
+    if any(isinstance(layer, BatchNormAct2d) for layer in network.modules()):
+        raise ConfigError(
+            "trainer.sync_batchnorm would take the activations out of this backbone, whose BatchNorm layers hold them. Set "
+            "sync_batchnorm to false; with model.bn frozen, all processes have the same statistics anyway."
+        )
 
 
 def require_searching(trainer: L.Trainer, why: str) -> None:

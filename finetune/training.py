@@ -87,6 +87,7 @@ _EXPECTED_WARNINGS = (
     r".*The number of training batches",  # metrics are logged by epoch; only learning rates follow log_every_n_steps
     r".*does not have many workers",  # the data module chose the number of workers from the cores
     r".*LeafSpec.*",  # Lightning 2.6 under torch 2.14, in every fit
+    r".*could not find the monitored key in the returned metrics",  # without validation, which is said before
     r".*Checkpoint directory .* exists and is not empty",  # a resumed run goes on in its own folder
     r".*callbacks used to create the checkpoint need to be provided",  # `test` and `validate` keep no checkpoints
 )

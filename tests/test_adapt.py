@@ -21,6 +21,7 @@ import finetune
 from finetune import Adaptation, AdaptDataModule, AdaptModule, ConfigError, DataError, FinetuneModule
 from finetune.adaptation import DomainBatch, describe
 from finetune.adaptation_methods import CDAN, DANN, METHODS, create
+from finetune.averaging import WiseFT
 from finetune.batch_statistics import batchnorm_layers, statistics_of
 from finetune.main import main
 from finetune.predictor import Predictor
@@ -318,6 +319,8 @@ def test_adabn_is_measured_with_the_targets_statistics_and_trains_with_the_sourc
 
 
 def test_what_does_not_go_together_is_refused():
+    with pytest.raises(ConfigError, match=r"AdaBN measures the model with the target's .* --run\.wise_ft null"):
+        WiseFT(0.5).setup(L.Trainer(**QUIET), module("AdaBN"), "fit")
     with pytest.raises(ConfigError, match=r"mixup and model\.cutmix do not go with domain adaptation"):
         module(mixup=0.2)
     with pytest.raises(ConfigError, match="AdaBN needs BatchNorm, and test_vit has none"):

@@ -7,6 +7,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from torch.utils.data import DataLoader
 
 from finetune.callbacks import EpochLine, PhaseEarlyStopping
+from finetune.errors import ConfigError
 from finetune.freezing import plan
 from finetune.schedules import Schedule
 from finetune.timetable import Timetable
@@ -80,3 +81,10 @@ def test_only_the_last_phase_is_stopped(tmp_path, policy, epochs):
 def test_without_phases_it_is_that_of_lightning(tmp_path, patience):
     theirs = fit(tmp_path, Scripted(PLATEAU), EarlyStopping("val/acc", mode="max", patience=patience))
     assert fit(tmp_path, Scripted(PLATEAU), PhaseEarlyStopping("val/acc", mode="max", patience=patience)) == theirs
+
+
+def test_patience_without_validation_is_refused_before_training(tmp_path, capsys):
+    with pytest.raises(ConfigError, match="no validation pictures"):
+        fit(tmp_path, Scripted([0.5, 0.5]), PhaseEarlyStopping("val/acc", mode="max"), validate=False)
+    fit(tmp_path, Scripted([0.5]), EpochLine(), validate=False)
+    assert "there is no best checkpoint" in capsys.readouterr().out

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import lightning as L
 import numpy as np
 import pytest
 import timm
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from scipy.special import log_softmax
 
 from finetune import ConfigError, DistillModule, FinetuneModule
+from finetune.averaging import PhaseEMA
 from finetune.main import main
 from finetune.sample import digits_folder
 from finetune.weight_files import sha256_of
@@ -82,6 +84,12 @@ def test_the_loss_is_that_of_numpy_in_double_precision():
     divergence = (np.exp(teacher) * (teacher - student)).sum(1).mean()
     expected = 0.7 * features + 0.4 * 3.0**2 * divergence
     assert module.distance(found, wanted).item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_student_has_no_average_of_its_weights():
+    student = DistillModule(backbone="test_resnet", num_classes=2, weights="none")
+    with pytest.raises(ConfigError, match=r"Leave out --run\.ema"):
+        PhaseEMA(0.9).setup(L.Trainer(max_epochs=1, logger=False, enable_checkpointing=False), student, "fit")
 
 
 def test_nothing_to_learn_is_a_mistake():

@@ -12,8 +12,10 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 
 import finetune
 from finetune import CheckpointError, FinetuneModule, FolderDataModule
-from finetune.room import checkpoint_bytes, require_room
+from finetune.averaging import BestEpochs
+from finetune.room import require_room
 from finetune.runs import AtomicCheckpointIO
+from finetune.saving import checkpoint_bytes
 
 PROGRAM = str(Path(finetune.__file__).parent.parent / "cli.py")
 FILL = """
@@ -102,6 +104,24 @@ def test_what_a_failed_checkpoint_says(tmp_path, previous):
     assert ("fit --ckpt_path" in str(caught.value)) == previous
     assert path.exists() == previous
     assert not path.with_name("last.ckpt.part").exists()
+
+
+def test_an_average_that_has_no_room_is_done_without(tmp_path, capsys):
+    resource = pytest.importorskip("resource")
+    trainer = L.Trainer(max_epochs=0, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer.strategy.connect(FinetuneModule("test_resnet", num_classes=3, weights="none"))
+    best = BestEpochs(tmp_path, 2, "val/acc", "max")
+    for value in (0.5, 0.75):
+        trainer.save_checkpoint(tmp_path / f"{value}.ckpt")
+        best.best_k_models[str(tmp_path / f"{value}.ckpt")] = torch.tensor(value)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        assert best.average(trainer) is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "warning: There is no average of the best epochs. There is no room left for a checkpoint" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.5.ckpt", "0.75.ckpt"]
 
 
 @pytest.mark.parametrize(("optimizer", "ema"), [("sgd", False), ("adamw", False), ("sgd", True)])

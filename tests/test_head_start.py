@@ -178,3 +178,30 @@ def test_what_cannot_be_solved_for_is_said():
     module, _, trainer = fitted("logistic")
     with pytest.raises(ConfigError, match="Theirs has no method eval_loader"):
         trainer.fit(module, datamodule=Theirs())
+
+
+def test_a_head_that_has_learned_is_not_solved_for_again(tmp_path):
+    module, data, _ = fitted("logistic")
+    for _ in range(2):
+        L.Trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=0, **QUIET).fit(module, data)
+        before = module.head.weight.detach().clone()
+        module.head.weight.data += 1
+    trainer = L.Trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=0, **QUIET)
+    trainer.fit(module, data)
+    torch.testing.assert_close(module.head.weight.detach(), before + 1)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = FinetuneModule.load_from_checkpoint(tmp_path / "a.ckpt")
+    L.Trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=0, **QUIET).fit(loaded, data)
+    torch.testing.assert_close(loaded.head.weight.detach(), before + 1)
+
+
+def test_a_head_behind_a_bottleneck_is_solved_for_what_training_sees():
+    L.seed_everything(0, verbose=False)
+    data = FolderDataModule("digits", batch_size=64, image_size=32, workers=0, augment="none")
+    module = FinetuneModule(
+        "test_resnet", num_classes=10, weights="none", head_init="logistic", lr=1e-12, bottleneck=32, freezing="head"
+    )
+    trainer = L.Trainer(max_epochs=1, **QUIET)
+    trainer.fit(module, data)
+    assert float(trainer.callback_metrics["val/acc"]) == pytest.approx(module.start_accuracy, abs=0.05)
+    assert float(trainer.callback_metrics["train/acc"]) == pytest.approx(module.start_accuracy, abs=0.1)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, top_k_accuracy_score
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, recall_score, top_k_accuracy_score
 
 from finetune.metrics import MeanLoss, build_metrics
 
@@ -69,3 +69,14 @@ def test_a_first_batch_that_is_all_right_ties_no_metrics_together():
     metrics.update(second, labels)
     found = {name: float(value) for name, value in metrics.compute().items()}
     assert found == pytest.approx({"val/acc": 1 / 3, "val/acc_macro": 1 / 3, "val/acc_top5": 2 / 3, "val/f1": found["val/f1"]})
+
+
+def test_classes_without_pictures_do_not_count_in_the_mean_recall():
+    logits, labels = numbers(6)
+    held = labels != 5
+    metrics = build_metrics("val", 6)
+    metrics.update(torch.from_numpy(logits[held]), torch.from_numpy(labels[held]))
+    guess = logits[held].argmax(1)
+    assert 5 in guess
+    expected = recall_score(labels[held], guess, labels=range(5), average="macro")
+    assert float(metrics.compute()["val/acc_macro"]) == pytest.approx(expected, abs=1e-6)

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from finetune import CheckpointError, ConfigError, DataError, FinetuneModule
 from finetune.freezing import plan
 from finetune.reuse import Kept
+from finetune.strategies import refuse_synchronised_batchnorm
 
 
 class Pictures(Dataset):
@@ -314,3 +315,12 @@ def test_a_compiled_backbone_is_the_same_and_can_still_be_cut(tmp_path):
     whole = compiled.features(images)
     cut = Kept(compiled.lower(images, "layer2"), "layer2")
     torch.testing.assert_close(compiled.features(cut), whole)
+
+
+def test_synchronised_batchnorm_that_would_drop_activations_is_refused():
+    trainer = L.Trainer(
+        strategy="ddp", devices=1, accelerator="cpu", sync_batchnorm=True, logger=False, enable_checkpointing=False
+    )
+    refuse_synchronised_batchnorm(trainer, FinetuneModule("test_resnet", num_classes=10, weights="none"))
+    with pytest.raises(ConfigError, match="take the activations out"):
+        refuse_synchronised_batchnorm(trainer, FinetuneModule("test_efficientnet", num_classes=10, weights="none"))

@@ -4,7 +4,7 @@ import lightning as L
 import pytest
 import torch
 
-from finetune import FinetuneModule, FolderDataModule
+from finetune import ConfigError, FinetuneModule, FolderDataModule
 from finetune.checkpoints import read
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -26,6 +26,13 @@ def start(tmp_path):
 
 def data():
     return FolderDataModule("digits", batch_size=128, image_size=32, workers=0, augment="none")
+
+
+def test_uneven_classes_are_corrected_for_once(tmp_path):
+    module = FinetuneModule("test_resnet", num_classes=10, weights="none", class_weights="balanced")
+    balanced = FolderDataModule("digits", image_size=32, workers=0, sampling="balanced")
+    with pytest.raises(ConfigError, match="twice"):
+        trainer(tmp_path).fit(module, datamodule=balanced)
 
 
 def test_the_pull_and_its_gradient_equal_an_independent_computation(start, tmp_path):

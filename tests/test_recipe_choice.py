@@ -41,3 +41,24 @@ def test_who_says_what_to_do_is_left_alone(words):
 
 def test_a_folder_that_cannot_be_read_is_left_to_the_data_module(tmp_path):
     assert choose_recipe(["--data.root", str(tmp_path / "nothing")]) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "number"),
+    [
+        (["--data.val_fraction", "0.5", "--data.test_fraction=0.25"], 3),
+        (["--data.fraction", "0.25"], 2),  # of the 10 that are left after a fifth is held out
+        (["--data.fraction", "0.01"], 1),
+        (["--data.folds", "3"], 8),
+        (["--data.shots", "null"], 10),
+        (["--data.init_args.shots", "4"], 4),
+    ],
+)
+def test_the_pictures_that_will_train_are_counted(tmp_path, words, number):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for i in range(12):
+            Image.new("RGB", (4, 4)).save(tmp_path / name / f"{i}.png")
+    name, reason = choose_recipe(["--data.init_args.root" if "init_args" in words[0] else "--data.root", str(tmp_path), *words])
+    assert reason.startswith(f"{number} training pictures per class")
+    assert name == ("small" if number >= 10 else "few_shot")

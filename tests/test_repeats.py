@@ -32,6 +32,16 @@ def test_what_is_planned():
     assert both == ["seed-3-fold-1", "seed-3-fold-2", "seed-4-fold-1", "seed-4-fold-2"]
 
 
+@pytest.mark.parametrize("seeds", [0, -2])
+def test_no_training_at_all_is_a_mistake(seeds):
+    with pytest.raises(ConfigError, match="at least 1"):
+        plan_repeats(config(seeds=seeds))
+
+
+def test_one_training_has_no_spread():
+    assert "spread" not in table({"fold-1": {"val/acc": 0.5}})
+
+
 def test_a_repeated_training_is_not_resumed():
     with pytest.raises(ConfigError, match="cannot be resumed as a whole"):
         plan_repeats(config(seeds=2, ckpt_path="x"))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from finetune import ConfigError, FinetuneModule, FolderDataModule
+from finetune.averaging import PhaseEMA, WiseFT
 from finetune.sample import digits_folder
 from finetune.store import clear, list_kept
 
@@ -46,14 +47,14 @@ class Watch(L.Callback):
         self.val.append(float(trainer.callback_metrics["val/loss"]))
 
 
-def fit(root, *, epochs=2, data=None, seed=0, **options):
+def fit(root, *, epochs=2, data=None, seed=0, callbacks=(), **options):
     options = {"weights": "none", "freezing": "head", "lr": 0.05, **options}
     L.seed_everything(seed, verbose=False)
     model = FinetuneModule("test_resnet", num_classes=3, **options)
     folder = FolderDataModule(root, **{"batch_size": 16, "image_size": 32, "augment": "none", "workers": 0, **(data or {})})
     watch = Watch()
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    L.Trainer(max_epochs=epochs, callbacks=[watch], num_sanity_val_steps=0, **quiet).fit(model, folder)
+    L.Trainer(max_epochs=epochs, callbacks=[watch, *callbacks], num_sanity_val_steps=0, **quiet).fit(model, folder)
     return watch, model
 
 
@@ -217,6 +218,14 @@ def test_a_later_phase_freezes_what_was_trained_meanwhile(photos):
     assert kept.fed == ["kept"] * 5 + ["image"] * 5 + ["kept"] * 5
     torch.testing.assert_close(torch.stack(kept.losses), torch.stack(plain.losses), rtol=0, atol=1e-4)
     assert abs(float(plain.losses[0] - plain.losses[-1])) > 1e-2  # training moved what is frozen in the end
+
+
+@pytest.mark.parametrize("average", [PhaseEMA(0.9), WiseFT(0.5)])
+def test_what_an_average_still_changes_is_not_kept(photos, average):
+    phases = [{"train": "head", "epochs": 1}, {"train": "full", "epochs": 1}, {"train": "head", "epochs": 1}]
+    with pytest.raises(ConfigError, match="stem computes: it is frozen after it was trained"):
+        fit(photos, epochs=3, freezing=phases, lr=0.01, data={"reuse": "exact"}, callbacks=[average])
+    fit(photos, epochs=2, freezing=phases[:2], lr=0.01, data={"reuse": "exact"}, callbacks=[average])
 
 
 def test_the_same_module_with_other_weights_is_another(photos, capsys):

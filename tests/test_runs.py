@@ -256,3 +256,13 @@ def test_where_there_are_no_locks_training_goes_on_without(tmp_path, monkeypatch
     with pytest.raises(KeyError) as caught, only_here(tmp_path):
         raise KeyError
     assert caught.value.__context__ is None, "the user's error is not laid upon that of the lock"
+
+
+def test_the_last_run_may_be_one_of_several(tmp_path):
+    for number, run in enumerate(("small/1", "small-repeated/2/fold-1/3", "small-repeated/2/fold-2/4", "other/5")):
+        file = tmp_path / run / "checkpoints" / "last.ckpt"
+        file.parent.mkdir(parents=True)
+        file.touch()
+        os.utime(file, (number, number))
+    assert find_checkpoint("last", tmp_path, "small").parent.parent == tmp_path / "small-repeated/2/fold-2/4"
+    assert find_checkpoint("last", tmp_path).parent.parent == tmp_path / "other/5"

@@ -1,11 +1,13 @@
 """The command end to end, in this process, on built-in data or on a user's own classes."""
 
 import csv
+import json
 import os
 import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -15,6 +17,7 @@ from tiny import TINY
 from finetune.averaging import kind_of_average
 from finetune.checkpoints import read
 from finetune.main import main
+from finetune.outcomes import read_outcome
 from finetune.sample import digits_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no pretrained weights.*")
@@ -358,6 +361,29 @@ def test_a_training_that_ends_below_the_head_alone_says_so(tmp_path, capsys, rat
     best = float(said.partition("best   val/acc ")[2].split()[0])
     assert best < share - 0.01 if worse else best == pytest.approx(share, abs=1e-3)
     assert ("the recipe linear_probe suits these pictures" in said) == worse
+
+
+def test_an_average_of_epochs_that_is_better_is_the_runs_checkpoint(tmp_path, capsys):
+    """Rates that are too high leave epochs around a minimum, and their mean closer to it."""
+    options = ["--data.image_size", "32", "--data.shots", "20", "--model.lr", "1", "--model.schedule", "flat"]
+    options += ["--run.monitor", "val/loss", "--run.soup", "3", "--model.freezing", "head", "--model.weight_decay", "0"]
+    main(["fit", *TINY, *options, "--trainer.max_epochs", "4"])
+    said = capsys.readouterr().out
+    run = only_run(tmp_path, "run")
+    value = float(said.partition("soup   val/loss ")[2].split(",")[0])
+    assert "better: it is " in said
+    assert sorted(path.name for path in (run / "checkpoints").glob("*.ckpt")) == ["best.ckpt", "last.ckpt"]
+    assert len(list((run / "checkpoints" / "epochs").iterdir())) == 3
+    record = json.loads((run / "record.json").read_text())
+    assert record["best"]["value"] == pytest.approx(value, abs=1e-4)
+    assert record["best"]["average_of"] == 3
+    tested = values(run, "test/loss")[0]
+    for verb, name in (("validate", "val/loss"), ("test", "test/loss")):
+        main([verb, "--ckpt_path", str(run)])
+        again = float(capsys.readouterr().out.partition(name)[2].split()[0])
+        assert again == pytest.approx(value if name == "val/loss" else tested, abs=1e-3)
+    outcome = read_outcome(run / "predictions.val.csv")
+    assert -np.log(outcome.probabilities[np.arange(len(outcome)), outcome.labels]).mean() == pytest.approx(value, abs=1e-3)
 
 
 def test_last_is_that_of_the_named_run_and_weights_alone_are_not_resumed(tmp_path, capsys):
