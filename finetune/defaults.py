@@ -23,7 +23,8 @@ class RunOptions:
             It begins with the first phase that trains more than the head.
         wise_ft: How far to go from the weights at the start to the trained ones, such as 0.5; all the way if null. Validation
             and checkpoints see the weights between (WiSE-FT).
-        soup: Average the weights of so many best epochs behind the run: best.ckpt where that is better, else soup.ckpt; none if null.
+        soup: Average the weights of so many best epochs behind the run: it becomes best.ckpt where it is better, and stays
+            soup.ckpt where it is not. None if null.
         seeds: Train so many times with seeds that follow each other, and print all results with their mean and spread.
         track: Where else to follow the run, with commas between: wandb, tensorboard; csv (metrics.csv) is always on. In short
             --track.
