@@ -247,7 +247,8 @@ class FolderDataModule(PositionedDataModule):
         trainer: Any = self.trainer
         pictures = self.folder.splits["train"]
         transform = train_transform(self.input_spec, self.augment, self.hflip)
-        dataset = PictureDataset(self.folder.root, pictures, transform, seed, self._decoded("train"), self._advice)
+        random = None if self.augment == "none" else seed
+        dataset = PictureDataset(self.folder.root, pictures, transform, random, self._decoded("train"), self._advice)
         if trainer and trainer.overfit_batches:
             return self._loader(dataset, self.batch_size)
         position = self.position if trainer else None

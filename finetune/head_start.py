@@ -13,19 +13,22 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from finetune.batch_statistics import batchnorm_layers, restate
 from finetune.errors import ConfigError
+from finetune.freezing import plan
 from finetune.losses import class_weights
+from finetune.options import HeadInit
 from finetune.randomness import global_seed, seed_of
+from finetune.reuse import Kept, activations, frozen_rows
+from finetune.timetable import run_length
 
 if TYPE_CHECKING:
     from finetune.module import FinetuneModule
 
-HeadInit = Literal["default", "zero", "ridge", "logistic"]
 Array = npt.NDArray[np.float64]
 
 _MOST = 20_000  # pictures that a solution is made from: beyond them it hardly changes
@@ -69,7 +72,8 @@ def start_head(module: FinetuneModule, trainer: Any, kind: HeadInit) -> str:
         return "head: starts at zero"
     if batchnorm_layers(module.embedding):  # of a bottleneck, which has seen no picture yet
         with _measuring(module, trainer):
-            restate(module.embedding, (batch["image"] for batch in _batches(module, trainer, "train")), module.features)
+            pictures = (cast(Tensor, images) for images, _ in _batches(module, trainer, "train", keep=False))
+            restate(module.embedding, pictures, module.features)
     features, labels = split_features(module, trainer, "train")
     if kind == "ridge":
         solution = ridge(features, labels, head.out_features)
@@ -115,8 +119,8 @@ def split_features(module: FinetuneModule, trainer: Any, split: Literal["train",
     """
     found = []
     with _measuring(module, trainer), torch.inference_mode():
-        for batch in _batches(module, trainer, split):
-            found.append((module.features(batch["image"]).double().cpu().numpy(), batch["label"].numpy()))
+        for images, label in _batches(module, trainer, split):
+            found.append((module.features(images).double().cpu().numpy(), label.numpy()))
     return np.concatenate([f for f, _ in found]), np.concatenate([label for _, label in found])
 
 
@@ -130,7 +134,10 @@ def _measuring(module: FinetuneModule, trainer: Any) -> Iterator[None]:
     module.train(mode)
 
 
-def _batches(module: FinetuneModule, trainer: Any, split: Literal["train", "val"]) -> Iterator[dict[str, Any]]:
+def _batches(
+    module: FinetuneModule, trainer: Any, split: Literal["train", "val"], keep: bool = True
+) -> Iterator[tuple[Tensor | Kept, Tensor]]:
+    """Yield pictures, or what is kept of them where the run will keep it, and labels."""
     data = trainer.datamodule
     if not hasattr(data, "eval_loader"):
         raise ConfigError(
@@ -138,13 +145,24 @@ def _batches(module: FinetuneModule, trainer: Any, split: Literal["train", "val"
             "eval_loader('train'). Set model.head_init zero or default."
         )
     loader = data.eval_loader(split)
-    dataset, number = loader.dataset, len(loader.dataset)
+    number = len(loader.dataset)
+    chosen = list(range(number))
     if number > _MOST:
-        drawn = np.random.default_rng(seed_of(global_seed(), "head")).choice(number, _MOST, replace=False)
-        dataset = Subset(dataset, sorted(drawn.tolist()))
-    batches = DataLoader(dataset, loader.batch_size, num_workers=loader.num_workers)
-    for batch in tqdm(batches, desc="features for the head", leave=False, disable=None):
-        yield {**batch, "image": batch["image"].to(module.device)}
+        chosen = sorted(np.random.default_rng(seed_of(global_seed(), "head")).choice(number, _MOST, replace=False).tolist())
+    bar: dict[str, Any] = {"desc": "features for the head", "leave": False, "disable": None}
+    reuse = getattr(data, "reuse", None)
+    first = plan(module.hparams["freezing"], module.stage_names, run_length(trainer))[0]
+    line = module.frozen_line(first) if keep and reuse is not None and not reuse.views else None
+    rows = frozen_rows(trainer, loader, line, 0, reuse, split) if line and reuse else None
+    if rows is None or line is None:
+        for batch in tqdm(DataLoader(Subset(loader.dataset, chosen), loader.batch_size, num_workers=loader.num_workers), **bar):
+            yield batch["image"].to(module.device), batch["label"]
+        return
+    labels = torch.tensor([picture.label for picture in loader.dataset.pictures])
+    size = loader.batch_size or 1
+    for start in tqdm(range(0, len(chosen), size), **bar):
+        indices = chosen[start : start + size]
+        yield Kept(activations(rows, indices).to(module.device), line), labels[indices]
 
 
 _LEAST_SCALE = 0.1

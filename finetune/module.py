@@ -22,12 +22,12 @@ from finetune import checkpoints
 from finetune.backbones import build_bottleneck, checkpoint_gradients, create_model, initialise, input_spec_of
 from finetune.errors import DataError
 from finetune.freezing import Phase, phase_at, plan
-from finetune.head_start import HeadInit, start_head
+from finetune.head_start import start_head
 from finetune.losses import ClassWeights
 from finetune.metrics import MeanLoss, build_metrics
 from finetune.objective import Objective
 from finetune.optim import LearningRateRule, StageRates, build_groups, build_optimizer, effective_batch, lr_factor
-from finetune.options import check_options
+from finetune.options import HeadInit, check_options
 from finetune.randomness import global_seed, seed_of
 from finetune.reuse import Kept
 from finetune.schedules import ScheduleName

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from finetune.errors import ConfigError, did_you_mean
-from finetune.head_start import HeadInit
 from finetune.losses import ClassWeights
 from finetune.optim import LearningRateRule
+
+HeadInit = Literal["default", "zero", "ridge", "logistic"]
 
 _RANGES: Mapping[str, tuple[Callable[[float], bool], Sequence[str]]] = {
     "greater than 0": (lambda value: value > 0, ("lr", "lr_batch", "lr_decay", "step_drop")),

@@ -185,8 +185,7 @@ class ReuseLoader:
         last = len(keys) - len(keys) % size if self.pictures.drop_last else len(keys)
         for start in range(0, last, size):
             indices = [key[1] if isinstance(key, tuple) else key for key in keys[start : min(start + size, last)]]
-            kept = torch.from_numpy(take(rows, indices))
-            kept = kept.movedim(-1, 1) if kept.ndim == 4 else kept
+            kept = activations(rows, indices)
             yield {"kept": pinned(kept), "stage": stage, "label": pinned(self._labels[indices]), "index": torch.tensor(indices)}
 
     def _rows(self, stage: str, epoch: int) -> Rows | None:
@@ -199,6 +198,12 @@ class ReuseLoader:
                 return None
             self._served = now, rows
         return self._served[1]
+
+
+def activations(rows: Rows, indices: Sequence[int]) -> Tensor:
+    """Return what was kept of some pictures, (N, C) or (N, C, height, width)."""
+    kept = torch.from_numpy(take(rows, indices))
+    return kept.movedim(-1, 1) if kept.ndim == 4 else kept
 
 
 def pinned(tensor: Tensor) -> Tensor:

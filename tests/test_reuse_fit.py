@@ -220,6 +220,21 @@ def test_a_later_phase_freezes_what_was_trained_meanwhile(photos):
     assert abs(float(plain.losses[0] - plain.losses[-1])) > 1e-2  # training moved what is frozen in the end
 
 
+def test_a_head_is_solved_for_on_what_is_kept_also_for_runs_with_other_seeds(photos, capsys):
+    options = {"freezing": "head", "head_init": "logistic", "lr": 1e-12}
+    torch.manual_seed(0)
+    weights = FinetuneModule("test_resnet", num_classes=3, weights="none").backbone.state_dict()
+    torch.save(weights, photos.parent / "w.pth")
+    heads = []
+    for seed, data in ((0, {}), (0, {"reuse": "exact"}), (1, {"reuse": "exact"})):
+        _, model = fit(photos, epochs=1, seed=seed, data=data, weights=str(photos.parent / "w.pth"), **options)
+        heads.append(model.head.weight.detach())
+        made = capsys.readouterr().out.count("computed once")
+        assert made == (2 if data and not seed else 0)  # training and validation, each once
+    torch.testing.assert_close(heads[1], heads[0], atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(heads[2], heads[1])
+
+
 @pytest.mark.parametrize("average", [PhaseEMA(0.9), WiseFT(0.5)])
 def test_what_an_average_still_changes_is_not_kept(photos, average):
     phases = [{"train": "head", "epochs": 1}, {"train": "full", "epochs": 1}, {"train": "head", "epochs": 1}]
