@@ -173,6 +173,8 @@ def main() -> None:
     parser.add_argument("--label", default="", help="said behind the name of a way, where --model changes it")
     parser.add_argument("--out", type=Path, default=Path("quality.csv"))
     options = parser.parse_args()
+    if options.model and not options.label:
+        parser.error("--model changes what a way is: give it another name in the table with --label")
     done = read(options.out)
     for seed in range(options.seeds):
         for pair in options.weights:
