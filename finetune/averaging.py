@@ -260,6 +260,7 @@ class BestEpochs(ModelCheckpoint):
         """
         ranked = sorted(self.best_k_models.items(), key=lambda item: float(item[1]), reverse=self.mode == "max")
         if len(ranked) < 2:
+            trainer.print(f"warning: There is no average of the best epochs: {len(ranked)} was measured, expected at least 2.")
             return None
         fault = None
         if trainer.is_global_zero:
@@ -271,7 +272,7 @@ class BestEpochs(ModelCheckpoint):
             trainer.print(fault)
             return None
         if not str(self.monitor).startswith("val/"):  # what training measures, a finished model has no value of
-            trainer.print(f"warning: {self.monitor} is not measured in validation, so {self.soup.name} cannot be compared.")
+            trainer.print(f"warning: {self.monitor} is not measured in validation, so {self.soup.name} was not compared.")
             return None
         loggers, trainer.loggers = trainer.loggers, []
         try:

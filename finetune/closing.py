@@ -83,7 +83,6 @@ def _compare_soup(trainer: L.Trainer, epochs: BestEpochs, best: Path, score: flo
     """Average the best epochs; an average that is better than the best of them becomes the best checkpoint of the run."""
     value = epochs.average(trainer)
     if value is None:
-        say("soup   There is none: fewer than two epochs were measured.")
         return
     if not (value > score if epochs.mode == "max" else value < score):
         say(f"soup   {epochs.monitor} {value:.4f}, no better ({as_typed(epochs.soup)})")
