@@ -22,6 +22,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+import yaml
 from common import machine, quiet
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
@@ -30,19 +31,14 @@ from sklearn.preprocessing import StandardScaler
 from tabulate import tabulate
 
 from finetune import FinetuneModule, FolderDataModule
+from finetune.averaging import average_of
+from finetune.defaults import RunOptions
+from finetune.recipe_files import find_recipe
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-SMALL = {
-    "freezing": [{"train": "head", "share": 0.3}, {"train": "last:2"}],
-    "bn": "frozen",
-    "optimizer": "adamw",
-    "lr": 1e-3,
-    "lr_decay": 0.38,
-    "weight_decay": 0.01,
-    "warmup_epochs": 0.5,
-    "label_smoothing": 0.1,
-}
-SCRATCH = {"freezing": "full", "bn": "train", "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup_epochs": 1}
+SMALL = yaml.safe_load(find_recipe("small").read_text())
+FROM_RANDOM = {"freezing": "full", "bn": "train", "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup_epochs": 1}
+SCRATCH = {"model": FROM_RANDOM, "data": {"batch_size": 20, "augment": "light"}}
 
 
 def main() -> None:
@@ -68,7 +64,7 @@ def main() -> None:
         print(f"\n{title}, {options.size} px, {machine()}\n" + tabulate(rows, headers="keys", disable_numparse=True))
     if options.card:
         card = json.loads(options.card.read_text())
-        card["transfer"] = {"input_size": options.size, **tables}
+        card["transfer"] = {**card.get("transfer", {}), "input_size": options.size, **tables}
         options.card.write_text(json.dumps(card, indent=2) + "\n")
 
 
@@ -157,9 +153,12 @@ def train(
     begin = time.perf_counter()
     with quiet():
         L.seed_everything(seed, verbose=False)
-        data = FolderDataModule(root, 20, augment="light", image_size=options.size)
-        model = FinetuneModule(options.backbone, num_classes=data.num_classes, weights=weights, **recipe)
-        trainer = L.Trainer(max_epochs=epochs, check_val_every_n_epoch=epochs, num_sanity_val_steps=0, **QUIET)
+        data = FolderDataModule(**{**recipe["data"], "root": root, "image_size": options.size})
+        given = {"backbone": options.backbone, "num_classes": data.num_classes, "weights": weights}
+        model = FinetuneModule(**{**recipe["model"], **given})
+        average = average_of(RunOptions(**recipe.get("run", {})))
+        more = {"check_val_every_n_epoch": epochs, "num_sanity_val_steps": 0, "callbacks": [average] if average else []}
+        trainer = L.Trainer(max_epochs=epochs, **more, **QUIET)
         trainer.fit(model, data)
     return time.perf_counter() - begin, float(trainer.callback_metrics["val/acc"])
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from finetune.freezing import Phase as Phase
     from finetune.freezing import plan as plan
     from finetune.gradient_flow import GradientFlow as GradientFlow
+    from finetune.lr_find import find_lr as find_lr
     from finetune.module import FinetuneModule as FinetuneModule
     from finetune.predictor import Prediction as Prediction
     from finetune.predictor import Predictor as Predictor
@@ -60,6 +61,7 @@ _HOME = {
     "Stage": "stages",
     "TrainingError": "errors",
     "WeightsError": "errors",
+    "find_lr": "lr_find",
     "plan": "freezing",
     "read_record": "record",
 }

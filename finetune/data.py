@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from finetune.decoded import Decoded, keep_decoded
@@ -33,8 +32,6 @@ from finetune.reuse import Reuse, ReuseLoader, ReuseType
 from finetune.sample import BUILT_IN
 from finetune.subsets import check_subset, fewer, fold_of
 from finetune.transforms import Augmentation, InputSpec, eval_transform, train_transform
-
-Batch = dict[str, Tensor]
 
 _FEW = 64  # below this number of pictures, starting processes takes longer than reading
 _BUILT_IN_SIZE = 64

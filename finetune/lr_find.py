@@ -167,6 +167,9 @@ def find_lr(module: FinetuneModule, data: L.LightningDataModule, steps: int = ST
         data: The training pictures.
         steps: Optimizer steps.
         **options: Arguments of the trainer, such as accelerator and precision.
+
+    Returns:
+        Rates and losses; `suggestion()` of it is the rate to begin with.
     """
     sweep = LearningRateSweep(steps)
     callbacks = [sweep, *options.pop("callbacks", [])]

@@ -59,7 +59,7 @@ def write_model_card(path: Path, trained: Trained, format: str, comparison: str)
     """
     backbone = trained.require_module().hparams["backbone"]
     sections = [
-        _header(trained, format),
+        _header(format),
         f"# {_title(trained)}\n\nA {backbone} that tells {len(trained.classes)} classes apart.",
         f"## Use\n\n{_USE[format].format(size=trained.input_spec.size)}\n\n{_INSIDE[format]} The export was {comparison}.",
         f"## Classes and data\n\n{_data(trained)}",
@@ -71,7 +71,7 @@ def write_model_card(path: Path, trained: Trained, format: str, comparison: str)
     path.write_text("\n\n".join(sections) + "\n", encoding="utf-8", errors="backslashreplace")
 
 
-def _header(trained: Trained, format: str) -> str:
+def _header(format: str) -> str:
     library = {"onnx": "onnx", "torch_export": "pytorch", "timm": "timm"}[format]
     return (
         f"---\npipeline_tag: image-classification\nlibrary_name: {library}\ntags: [image-classification, resnet-finetune]\n---"
