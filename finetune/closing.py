@@ -17,7 +17,6 @@ from tabulate import tabulate
 
 from finetune import checkpoints, progress
 from finetune.adapt import AdaptModule
-from finetune.averaging import BestEpochs
 from finetune.domain_table import domain_table
 from finetune.domains import measure_domains
 from finetune.errors import FinetuneError
@@ -27,6 +26,7 @@ from finetune.module import FinetuneModule
 from finetune.record import RunRecord
 from finetune.report import write_report
 from finetune.runs import CHECKPOINTS, as_typed
+from finetune.soup import BestEpochs
 
 
 @rank_zero_only

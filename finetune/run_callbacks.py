@@ -10,7 +10,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from finetune.augmented import AugmentedPictures
-from finetune.averaging import BestEpochs, average_of
+from finetune.averaging import average_of
 from finetune.callbacks import EpochLine, PhaseEarlyStopping
 from finetune.defaults import RunOptions
 from finetune.gradient_flow import GradientFlow
@@ -19,6 +19,7 @@ from finetune.nonfinite import NonFiniteLoss
 from finetune.record import RunRecord
 from finetune.runs import CHECKPOINTS
 from finetune.saving import LastCheckpoint
+from finetune.soup import BestEpochs
 from finetune.tracking import Tracking
 
 

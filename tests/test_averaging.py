@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from finetune import CheckpointError, ConfigError, FinetuneModule, FolderDataModule
-from finetune.averaging import PhaseEMA, WiseFT, kind_of_average, refuse_other_average, soup
+from finetune.averaging import PhaseEMA, WiseFT, kind_of_average, refuse_other_average
 from finetune.checkpoints import read
 from finetune.defaults import RunOptions
+from finetune.soup import soup
 
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
 

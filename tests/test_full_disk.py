@@ -12,10 +12,10 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 
 import finetune
 from finetune import CheckpointError, FinetuneModule, FolderDataModule
-from finetune.averaging import BestEpochs
 from finetune.room import require_room
 from finetune.runs import AtomicCheckpointIO
 from finetune.saving import checkpoint_bytes
+from finetune.soup import BestEpochs
 
 PROGRAM = str(Path(finetune.__file__).parent.parent / "cli.py")
 FILL = """

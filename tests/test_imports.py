@@ -79,6 +79,7 @@ ORDER = [
     "module",
     "room",
     "averaging",
+    "soup",
     "adapt_data",
     "adapt",
     "runs",
