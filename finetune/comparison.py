@@ -12,10 +12,11 @@ import numpy as np
 
 from finetune import scores
 from finetune.curve_figures import named_curves
+from finetune.durations import duration
 from finetune.errors import ConfigError
 from finetune.figure_style import style_of
 from finetune.figures import split_metrics
-from finetune.page import drawn, render, seconds, value_text, write_page
+from finetune.page import drawn, render, value_text, write_page
 from finetune.report import REPORT, write_report
 from finetune.run_files import Curve, RunFiles, find_run, flat
 
@@ -155,7 +156,7 @@ def _best(metric: str, shown: Sequence[str], row: Sequence[float]) -> set[int]:
 def _shown(metric: str, value: float) -> str:
     if value != value:
         return ""
-    return seconds(value) if metric == "time" else f"{value:.0f}" if metric == "epochs" else f"{value:.4f}"
+    return duration(value) if metric == "time" else f"{value:.0f}" if metric == "epochs" else f"{value:.4f}"
 
 
 def _curves(runs: Mapping[str, RunFiles]) -> dict[str, dict[str, Curve]]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
 from finetune import checkpoints
+from finetune.averaging import describe_average
 from finetune.errors import DataError
 from finetune.outcomes import read_outcome
 from finetune.runs import run_of
@@ -103,12 +104,24 @@ def _training(trained: Trained) -> str:
         ("their licence", licence_of(report.source, options["backbone"])),
         ("freezing", options["freezing"]),
         ("BatchNorm statistics", options["bn"]),
-        ("optimizer", f"{options['optimizer']}, rate {options['lr']:g}, decay per stage {options['lr_decay']:g}"),
+        ("head before training", options["head_init"]),
+        ("optimizer", f"{options['optimizer']}, {_rates(options)}"),
+        ("average of weights", describe_average(content) or "none"),
         ("epochs", int(content["epoch"]) + 1),
         ("optimizer steps", int(content["global_step"])),
         ("temperature", f"{trained.temperature:.4g}"),
     ]
     return tabulate([(name, _plain(str(value))) for name, value in rows], ["", ""], tablefmt="github", disable_numparse=True)
+
+
+def _rates(options: Mapping[str, Any]) -> str:
+    """Return the learning rates of head and stages as they were given: factors, or else a decay per stage."""
+    scale = options["lr_scale"]
+    rate = f"rate {options['lr']:g}"
+    if isinstance(scale, int | float):
+        return f"{rate}, factor of all stages before the head {scale:g}"
+    named = "".join(f", factor of {stage} {factor:g}" for stage, factor in (scale or {}).items())
+    return f"{rate}, decay per stage {options['lr_decay']:g}{named}"
 
 
 def _origin(report: Report) -> str:

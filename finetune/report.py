@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from finetune import scores
+from finetune.durations import duration
 from finetune.figures import of_run
 from finetune.outcomes import Outcome
-from finetune.page import drawn, render, seconds, value_text, write_page
+from finetune.page import drawn, render, value_text, write_page
 from finetune.run_files import AUGMENTED, EXPLAINED, RunFiles, flat
 from finetune.runs import CHECKPOINTS, CONFIG, as_typed
 from finetune.thumbnails import data_uri, thumbnail
@@ -131,7 +132,7 @@ def _numbers(files: RunFiles) -> Iterator[dict[str, str]]:
     of = f"of {files.epochs_planned}" if files.epochs_planned else ""
     yield {"name": "epochs", "value": f"{files.epochs_done}", "note": of}
     if files.record.get("seconds"):
-        yield {"name": "time", "value": seconds(files.record["seconds"]), "note": str(files.record.get("hardware") or "")}
+        yield {"name": "time", "value": duration(files.record["seconds"]), "note": str(files.record.get("hardware") or "")}
 
 
 # ------------------------------------------------------------------------------------------------------ what was trained

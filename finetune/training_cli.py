@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -252,7 +251,6 @@ class FinetuneCLI(LightningCLI):
                 say(warning)
         if self.kept is not None:
             self.kept.tracking.config = flat_options(self.config[self.subcommand].as_dict(), self.model)
-        self._began = time.perf_counter()
         try:
             here = self.run_folder if self.trainer.is_global_zero else None
             with only_here(here), closing_if_it_fails(self.trainer.loggers):
@@ -284,7 +282,7 @@ class FinetuneCLI(LightningCLI):
             return
         with closing_if_it_fails(self.trainer.loggers):
             if self.kept.best is not None:
-                close_run(self.run_folder, self.trainer, self.kept.best, self.kept.epochs, time.perf_counter() - self._began)
+                close_run(self.run_folder, self.trainer, self.kept.best, self.kept.epochs)
             if self.trainer.is_global_zero:
                 conclude(self.trainer.loggers, self.run_folder, read_record(self.run_folder), self.trainer.global_step)
 

@@ -142,7 +142,7 @@ def _check(words: Sequence[str]) -> None:
 def _evaluate(words: Sequence[str]) -> None:
     parser = _Parser(
         prog="resnet-finetune evaluate",
-        description="Measure a model on labelled pictures: metrics with 95 %% intervals, per class, confusion, calibration, "
+        description="Measure a model on labelled pictures: metrics with 95 % intervals, per class, confusion, calibration, "
         "and accuracy where it is confident.",
         allow_abbrev=False,
     )

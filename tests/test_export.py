@@ -10,7 +10,10 @@ import pytest
 import timm
 import torch
 
-from finetune import CheckpointError, ConfigError
+from conftest import save, scrambled
+
+from finetune import CheckpointError, ConfigError, FinetuneModule
+from finetune.averaging import WiseFT
 from finetune.export import Comparison, export
 from finetune.images import read_image
 from finetune.main import main
@@ -162,6 +165,32 @@ def test_the_card_says_where_it_is_from_and_names_cannot_forge_it(own_class):
     assert "<script>" not in card
     assert "\n# c" not in card
     assert "\\[d\\](e), f\\|g" in card
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize(
+    ("options", "rates"),
+    [
+        ({"lr": 2e-5, "lr_scale": 10.0}, "adamw, rate 2e-05, factor of all stages before the head 10"),
+        ({"lr_scale": {"stem": 0.1}, "lr_decay": 0.5}, "adamw, rate 0.01, decay per stage 0.5, factor of stem 0.1"),
+        ({"lr_decay": 0.38}, "adamw, rate 0.01, decay per stage 0.38"),
+    ],
+)
+def test_the_card_says_how_the_head_began_which_rates_and_which_average(options, rates):
+    names = ["a", "b"]
+    model = FinetuneModule(
+        "test_resnet", num_classes=2, class_names=names, weights="none", optimizer="adamw", head_init="ridge", **options
+    )
+    save(scrambled(model), Path("one.ckpt"))
+    content = torch.load("one.ckpt", weights_only=True)
+    average = WiseFT(0.7)
+    content |= {"averaging_state": {}, "callbacks": {average.state_key: average.state_dict()}}
+    torch.save(content, "one.ckpt")
+    export("one.ckpt", "timm", out="exported", pictures=["new"])
+    cells = dict(line.strip("| ").split("|", 1) for line in Path("exported", "README.md").read_text().splitlines() if line.count("|") > 2)
+    found = {name.strip(): text.strip() for name, text in cells.items()}
+    assert found["optimizer"].replace("\\", "") == rates
+    assert (found["head before training"], found["average of weights"].replace("\\", "")) == ("ridge", "wise_ft 0.7")
 
 
 def test_a_comparison_in_words():

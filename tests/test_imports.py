@@ -15,6 +15,7 @@ ORDER = [
     "version",
     "errors",
     "escaping",
+    "durations",
     "trusted_code",
     "findings",
     "randomness",
