@@ -15,6 +15,7 @@ ORDER = [
     "version",
     "errors",
     "escaping",
+    "schema",
     "trusted_code",
     "findings",
     "randomness",
