@@ -172,19 +172,13 @@ class RunRecord(Callback):
             self.content["best"] = {"value": value, "epoch": epoch, "checkpoint": name}
 
     def _write(self, state: str) -> None:
-<<<<<<< HEAD
         if self._trained is None:
             now = round(self._before + time.monotonic() - self._began, 1)
             self._trained = None if state == "running" else now  # a test afterwards is not training
             self.content["seconds"] = now
         self.content |= {"state": state, "updated": _now()}
         self.run.mkdir(parents=True, exist_ok=True)  # the command has made it; a script may name one that is not there yet
-        write_whole(self.run / RECORD, json.dumps(checkpoints.plain(self.content), indent=1))
-=======
-        seconds = round(self._before + time.monotonic() - self._began, 1)
-        self.content |= {"state": state, "updated": _now(), "seconds": seconds}
         write_atomically(self.run / RECORD, json.dumps(checkpoints.plain(self.content), indent=1))
->>>>>>> main
 
 
 def describe_data(data: Any, module: Any = None) -> dict[str, Any]:
