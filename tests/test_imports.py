@@ -22,6 +22,7 @@ ORDER = [
     "randomness",
     "files",
     "recipe_files",
+    "option_names",
     "environment",
     "hardware",
     "schedules",
