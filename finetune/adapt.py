@@ -159,7 +159,7 @@ class AdaptModule(FinetuneModule):
         watched = self._all_watched()
         if watched is not None and len(watched[0]) > 1:
             logits, labels, places = watched
-            found = {f"{TARGET}/{name}": value for name, value in validators(logits).items()}
+            found = {f"{TARGET}/{name}": value for name, value in self.target_validators(logits).items()}
             data: Any = getattr(self.trainer, "datamodule", None)
             shots = getattr(data, "labelled_target", []) if getattr(data, "watched", "") == "train" else []
             unseen = ~torch.isin(places, torch.tensor(list(shots), dtype=places.dtype))  # not trained with their labels
@@ -171,6 +171,20 @@ class AdaptModule(FinetuneModule):
         watched = self._all_watched()
         if watched is not None:
             self._log_of_target(_accuracy(watched[0], watched[1], "oracle/target_test_acc"))
+
+    def target_validators(self, logits: Tensor) -> dict[str, Tensor]:
+        """Return what says without labels how well the model fits the target; a subclass may add numbers of its own.
+
+        Each is logged as `target/NAME` after an epoch, drawn in the report, and can choose the best checkpoint
+        (`--run.monitor target/NAME`). More has to be better, or `--run.mode min` be given.
+
+        Args:
+            logits: Of all images of the target that are watched, in order, (N, K), on the CPU.
+
+        Returns:
+            A scalar for each name.
+        """
+        return validators(logits)
 
     def _log_of_target(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():

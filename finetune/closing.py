@@ -25,7 +25,7 @@ from finetune.explain import draw_mistakes
 from finetune.keep_outcomes import KeepOutcomes
 from finetune.module import FinetuneModule
 from finetune.record import RunRecord, read_record
-from finetune.report import write_report
+from finetune.report import REPORT, write_report
 from finetune.runs import CHECKPOINTS, as_typed
 from finetune.soup import BestEpochs
 
@@ -73,6 +73,8 @@ def close_run(run: Path, trainer: L.Trainer, best: ModelCheckpoint, epochs: Best
     if isinstance(module, AdaptModule) and trainer.is_global_zero:
         say(f"\n{domain_table({type(module.adaptation).__name__: run})}\n")
     _write_report(run, module)
+    if (run / REPORT).is_file():
+        say(f"open   {as_typed(run / REPORT)}")
     kept = [*run.glob("*.*"), *(run / CHECKPOINTS).glob("*.ckpt")]
     say(f"files  {as_typed(run)}/  ({', '.join(sorted(str(path.relative_to(run)) for path in kept))})")
     if isinstance(module, FinetuneModule) and module.classifies:

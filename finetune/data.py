@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -266,10 +267,13 @@ class FolderDataModule(PositionedDataModule):
         return "To train without such pictures: --data.on_error skip"
 
     def _decoded(self, split: Split) -> Decoded | None:
-        if self.decoded is None:
+        return self._decode(self.files(split)) if self.decoded is not None else None
+
+    def _decode(self, files: Sequence[Path]) -> Decoded | None:
+        if self.decoded is None or not files:
             return None
         workers = worker_count() if self.workers is None else self.workers
-        return keep_decoded([str(path) for path in self.files(split)], self.decoded, workers)
+        return keep_decoded([str(path) for path in files], self.decoded, workers)
 
     def _reusing(self, loader: DataLoader[dict[str, Any]], split: Split) -> DataLoader[dict[str, Any]] | ReuseLoader:
         fits = self.reuse is not None and self.trainer is not None and self.trainer.state.fn == "fit"

@@ -27,6 +27,7 @@ from finetune.report import write_report
 from finetune.run_files import RunFiles
 from finetune.runs import run_of
 from finetune.scores import Interval, confused_pairs, confusion, ece, metrics, per_class, selective
+from finetune.trained import describe_trained
 
 THRESHOLDS = (0.5, 0.8, 0.9, 0.95, 0.99)
 _MOST_ROWS = 30  # of a table on the console
@@ -77,6 +78,7 @@ def evaluate(
     reading: dict[str, Any] = {"tta": tta, "batch_size": batch_size, "device": device}
     predictor = Predictor(model, temperature=temperature, **reading)
     trained = predictor.trained
+    print(describe_trained(trained))
     pictures = _pictures(predictor, folder, wanted)
     target = Path(out) if out else _place(trained.path, pictures)
     require_free_folder(target, overwrite, _OLDER)

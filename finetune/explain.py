@@ -22,6 +22,7 @@ from finetune.runs import run_of
 from finetune.scores import worst_mistakes
 from finetune.staged import StagedModule
 from finetune.stages import require_stage
+from finetune.trained import describe_trained
 from finetune.walk import Pictures
 
 if TYPE_CHECKING:
@@ -170,6 +171,7 @@ def explain(
         raise ConfigError(f"Expected --neighbours of at least 0 and --most of at least 1, found {neighbours} and {most}.")
     predictor = Predictor(model, device=device)
     module = predictor.trained.require_module()
+    print(describe_trained(predictor.trained))
     if stage is not None:
         require_stage(stage, [each.name for each in module.stages])
     true: dict[str, str] = {}
@@ -177,6 +179,11 @@ def explain(
         true = _mistakes(predictor, most)
         if not true:
             raise DataError(f"{predictor.trained.path} made no mistake on the pictures it was measured on.")
+    elif not pictures:
+        raise DataError(
+            "No images were named: give a folder or files, or --mistakes for the run's worst mistakes on the images that it "
+            "was measured on."
+        )
     files = list(true) if mistakes else Pictures(pictures).all()[:most]
     target = Path(out)
     pages = [files[at : at + _PER_PAGE] for at in range(0, len(files), _PER_PAGE)]

@@ -25,7 +25,7 @@ from finetune.predictor import Predictor
 from finetune.runs import run_of
 from finetune.sample import BUILT_IN
 from finetune.staged import StagedModule
-from finetune.trained import INSTALL_EXPORT, ONNX_KEY, TIMM_KEY, Trained, facts, open_trained
+from finetune.trained import INSTALL_EXPORT, ONNX_KEY, TIMM_KEY, Trained, describe_trained, facts, open_trained
 from finetune.walk import Pictures
 
 Format = Literal["onnx", "torch_export", "timm"]
@@ -116,6 +116,7 @@ def export(
         raise ConfigError(f"Unknown format '{format}'.{did_you_mean(format, kinds)} Expected {', '.join(kinds)}.")
     trained = open_trained(model, "cpu", temperature)
     module = trained.require_module()
+    print(describe_trained(trained))
     folder = Path(out) if out else (run_of(trained.path) or trained.path.parent) / "export" / format
     require_free_folder(folder, overwrite, _OLDER)
     files, where = _pictures_of(trained, pictures)

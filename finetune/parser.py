@@ -20,7 +20,6 @@ from finetune.escaping import shown
 from finetune.option_names import full_name, misplaced, options_in, suggestion
 from finetune.trusted_code import refusal, require_trusted
 
-
 _typed: ContextVar[tuple[str, ...]] = ContextVar("typed", default=())
 _called: ContextVar[str] = ContextVar("called", default="")
 

@@ -138,7 +138,7 @@ class RunRecord(Callback):
         """Begin the content, or go on where the record of an earlier process ended."""
         now = _now()
         self._before, self._began = float(before.get("seconds", 0.0)), time.monotonic()
-        self._trained: float | None = None
+        self._trained = None
         resumed = [{"command": self.command, "started": now}] if before else []
         self.content = {
             "format": FORMAT,

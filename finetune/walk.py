@@ -59,11 +59,12 @@ class Pictures:
             DataError: If a place does not exist or there is no picture at all.
         """
         number = sum(1 for _ in self)
+        if not number and not self.places and self.listed is None:
+            raise DataError("No images were named. Expected a folder, files, or a pattern such as 'new/*.jpg'.")
         if not number:
             places = [*map(str, self.places), *([self.listed] if self.listed is not None else [])]
             raise DataError(
-                f"There is no picture in {', '.join(places) or 'an empty list'}: expected files ending in "
-                f"{', '.join(sorted(IMAGE_SUFFIXES))}."
+                f"There is no picture in {', '.join(places)}: expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}."
             )
         return number
 

@@ -50,6 +50,7 @@ class Command(LightningCLI):
         raise AssertionError("this was no mistake")
 
 
+ADAPT = ["--model", "finetune.AdaptModule"]
 TABLE = [
     # what is typed, the beginning of the answer, its end
     (["--model.lrr", "3"], "There is no option 'model.lrr'.", "Did you mean 'model.lr'?"),
@@ -62,14 +63,26 @@ TABLE = [
     (["--model", "finetune.FinetunModule"], "The module 'finetune' has no class 'FinetunModule'.", "'FinetuneModule'?"),
     (["--model", "finetun.FinetuneModule"], "The module 'finetun' cannot be imported. Did you mean 'finetune'?", "installed."),
     (["--model", "my_projct.Mine"], "The module 'my_projct' cannot be imported. Did you mean 'my_project'?", "installed."),
-    (["--model.schedule", "cosin"], "model.schedule: expected one of cosine, flat, step; found 'cosin'.", "Did you mean 'cosine'?"),
+    (
+        ["--model.schedule", "cosin"],
+        "model.schedule: expected one of cosine, flat, step; found 'cosin'.",
+        "Did you mean 'cosine'?",
+    ),
     (["--model.lr", "fast"], "model.lr: expected float; found 'fast'.", ""),
     (["--config", "value.yaml"], "data.batch_size: expected int; found 'many'.", ""),
     (["--model.lr_scale", "x"], "model.lr_scale: expected float or a mapping such as {name: float} or null; found 'x'.", ""),
     (["--model.lr_scale.stem", "x"], "model.lr_scale: expected float or a mapping such as", "found 'stem: x'."),
     (["--model.optimizer_args.foo"], "The option --model.optimizer_args.foo needs a value.", ""),
-    (["--model", "finetune.AdaptModule", "--model.adaptation", "MCC", "--model.adaptation.temperature", "x"], "model.adaptation.temperature: ", ""),
-    (["--trainer.callbacks", "EarlyStopping"], "The class of --trainer.callbacks needs a value for: monitor.", "monitor VALUE."),
+    (
+        ["--model", "finetune.AdaptModule", "--model.adaptation", "MCC", "--model.adaptation.temperature", "x"],
+        "model.adaptation.temperature: ",
+        "",
+    ),
+    (
+        ["--trainer.callbacks", "EarlyStopping"],
+        "The class of --trainer.callbacks needs a value for: monitor.",
+        "monitor VALUE.",
+    ),
     (["--model", "resnet50"], "model: expected the class of a module, as in MODULE.CLASS;", "'--model.backbone resnet50'?"),
     (["--data", "photos"], "data: expected the class of a data module, as in MODULE.CLASS;", "'--data.root photos'?"),
     (["--model", "json.JSONDecoder"], "model: expected the class of a module, as in MODULE.CLASS; found", "JSONDecoder'."),
