@@ -137,8 +137,16 @@ class AdaptModule(FinetuneModule):
         place = torch.arange(len(labels))
         index = batch[TARGET].get("index", place) if isinstance(batch[TARGET], Mapping) else place
         self._watched.append((index.cpu(), logits.detach().float().cpu(), labels.cpu()))
-        known = bool((labels != UNKNOWN).all())
-        return {"logits": logits, "labels": labels, "index": index, "split": TARGET} if known else {}
+        if not bool((labels != UNKNOWN).all()):
+            return {}
+        unseen = self._unseen(index.cpu()).to(logits.device)
+        return {"logits": logits[unseen], "labels": labels[unseen], "index": index.to(logits.device)[unseen], "split": TARGET}
+
+    def _unseen(self, places: Tensor) -> Tensor:
+        """Return which of the watched images, by their places, are not trained with their labels."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        shots = getattr(data, "labelled_target", []) if getattr(data, "watched", "") == "train" else []
+        return ~torch.isin(places, torch.tensor(list(shots), dtype=places.dtype))
 
     def _all_watched(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """Return logits and labels of all pictures of the target, from all processes and in order, and their places."""
@@ -160,9 +168,7 @@ class AdaptModule(FinetuneModule):
         if watched is not None and len(watched[0]) > 1:
             logits, labels, places = watched
             found = {f"{TARGET}/{name}": value for name, value in self.target_validators(logits).items()}
-            data: Any = getattr(self.trainer, "datamodule", None)
-            shots = getattr(data, "labelled_target", []) if getattr(data, "watched", "") == "train" else []
-            unseen = ~torch.isin(places, torch.tensor(list(shots), dtype=places.dtype))  # not trained with their labels
+            unseen = self._unseen(places)
             self._log_of_target({**found, **_accuracy(logits[unseen], labels[unseen], ORACLE)})
 
     def on_test_epoch_end(self) -> None:

@@ -80,6 +80,7 @@ def content(files: RunFiles) -> dict[str, Any]:
         "facts": list(_facts(files)),
         "stages": list(_stages(files)),
         "phases": list(_phases(files)),
+        "target_shots": ((files.record.get("data") or {}).get("target") or {}).get("shots") or 0,
         "augmented": _picture(files, AUGMENTED),
         "explained": _picture(files, EXPLAINED),
         "figures": figures,

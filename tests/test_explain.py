@@ -106,7 +106,9 @@ def test_pages_have_a_row_per_picture(capsys):
     for number in range(6):
         shutil.copy("new/a.bmp", f"many/${number}.bmp")
     main(["explain", RUN, "many", "--among", "labelled", "--neighbours", "2", "--out", "pages"])
-    assert capsys.readouterr().out == "11 pictures: pages/explained-01.png, pages/explained-02.png\n"
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("model  runs/mine/1/checkpoints/best.ckpt (4 classes: bee,")
+    assert said[1:] == ["11 pictures: pages/explained-01.png, pages/explained-02.png"]
     with Image.open("pages/explained-01.png") as first, Image.open("pages/explained-02.png") as second:
         assert first.width == second.width
         assert first.height / second.height == pytest.approx(8 / 3, rel=0.01)

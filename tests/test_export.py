@@ -186,10 +186,9 @@ def test_the_card_says_how_the_head_began_which_rates_and_which_average(options,
     content |= {"averaging_state": {}, "callbacks": {average.state_key: average.state_dict()}}
     torch.save(content, "one.ckpt")
     export("one.ckpt", "timm", out="exported", pictures=["new"])
-    cells = dict(
-        line.strip("| ").split("|", 1) for line in Path("exported", "README.md").read_text().splitlines() if line.count("|") > 2
-    )
-    found = {name.strip(): text.strip() for name, text in cells.items()}
+    card = Path("exported", "README.md").read_text().splitlines()
+    rows = [line.strip("|").split("|") for line in card if line.startswith("| ") and line.count("|") == 3]
+    found = {name.strip(): text.strip() for name, text in rows}
     assert found["optimizer"].replace("\\", "") == rates
     assert (found["head before training"], found["average of weights"].replace("\\", "")) == ("ridge", "wise_ft 0.7")
 
