@@ -24,10 +24,18 @@ _USE = {
 import json
 import numpy as np
 import onnxruntime
+from PIL import Image, ImageOps
+
 session = onnxruntime.InferenceSession("model.onnx")
 facts = json.loads(session.get_modelmeta().custom_metadata_map["resnet-finetune"])  # classes, input, temperature
-images = np.zeros((1, 3, {size}, {size}), np.uint8)  # RGB pictures, resized and cropped to {size} pixels
-probabilities = session.run(["probabilities"], {{"images": images}})[0]
+size, crop, kind = (facts["input"][name] for name in ("size", "crop", "interpolation"))
+image = ImageOps.exif_transpose(Image.open("image.jpg")).convert("RGB")
+zoom = int(size / crop) / min(image.size)  # the shorter side; then the centre is cut out
+image = image.resize([int(side * zoom) for side in image.size], getattr(Image.Resampling, kind.upper()))
+left, top = (round((side - size) / 2) for side in image.size)
+pixels = np.asarray(image.crop((left, top, left + size, top + size))).transpose(2, 0, 1)[None]  # uint8 (1, 3, size, size)
+probabilities = session.run(["probabilities"], {{"images": pixels}})[0][0]
+print(facts["classes"][probabilities.argmax()], probabilities.max())
 ```""",
     "torch_export": """```python
 import torch

@@ -1,6 +1,7 @@
 """Exports against the checkpoint, run by onnxruntime, torch and timm alone; nothing counts as written before it is compared."""
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -64,6 +65,22 @@ def test_onnx_holds_all_that_it_takes(world, capsys):
 
 
 @pytest.mark.usefixtures("world")
+@pytest.mark.usefixtures("world")
+def test_the_example_of_the_card_reads_an_image_as_predict_does(capsys):
+    main(["export", RUN, "--pictures", "new"])
+    card = Path(RUN, "export", "onnx", "README.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    example = example.replace("model.onnx", f"{RUN}/export/onnx/model.onnx")
+    predictor = Predictor(RUN)
+    for file in FILES:
+        capsys.readouterr()
+        exec(compile(example.replace("image.jpg", file), "card", "exec"), {})
+        label, probability = capsys.readouterr().out.rsplit(maxsplit=1)
+        expected = predictor([file])[0]
+        assert label == expected.labels[0]
+        assert float(probability) == pytest.approx(expected.probabilities[0], abs=0.02)  # Pillow rounds between the two passes
+
+
 def test_torch_export_runs_without_this_package():
     folder = export(RUN, "torch_export", out="exported", pictures=["new"])
     assert folder == Path("exported")

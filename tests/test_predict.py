@@ -307,7 +307,7 @@ def test_pictures_that_changed_in_between_are_not_mixed_up(capsys):
 
 @pytest.mark.usefixtures("world")
 def test_mistakes_in_python():
-    with pytest.raises(DataError, match="No images were named. Expected a folder"):
+    with pytest.raises(DataError, match=r"No images were named\. Expected a folder"):
         predict_to_file(RUN, [])
     with pytest.raises(ConfigError, match="cannot be used"):
         predict_to_file(RUN, ["new"], device="cuda:99")
