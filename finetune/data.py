@@ -10,6 +10,7 @@ of an epoch, or has another number of workers, therefore sees the batches that t
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from collections.abc import Sequence
@@ -205,6 +206,15 @@ class FolderDataModule(PositionedDataModule):
     def labels(self, split: Split) -> list[int]:
         """Return the labels of a split, in the order of `files`."""
         return [picture.label for picture in self.folder.splits[split]]
+
+    def folder_options(self) -> dict[str, Any]:
+        """Return the options with which `FolderDataModule` finds the labelled images of this data module again.
+
+        A checkpoint keeps them, so that `evaluate`, `explain` and `export` find the images of its run. A subclass whose images
+        are found in another way returns other options, or sets this to None where they lie in no folder.
+        """
+        known = inspect.signature(FolderDataModule.__init__).parameters
+        return {name: value for name, value in self.hparams.items() if name in known}
 
     # ---------------------------------------------------------------------------------------------- hooks of Lightning
 

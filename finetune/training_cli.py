@@ -288,11 +288,22 @@ class FinetuneCLI(LightningCLI):
 
     def validate(self, **kwargs: Any) -> None:
         """Validate and print the metrics."""
+        self._require_loader("val_dataloader", "validation")
         say(metric_table(self.trainer.validate(**{**kwargs, "verbose": False})))
 
     def test(self, **kwargs: Any) -> None:
         """Test and print the metrics."""
+        self._require_loader("test_dataloader", "test")
         say(metric_table(self.trainer.test(**{**kwargs, "verbose": False})))
+
+    def _require_loader(self, name: str, purpose: str) -> None:
+        """Refuse to measure where the data module has nothing for it, which Lightning would answer with a traceback."""
+        if not is_overridden(name, self.datamodule, L.LightningDataModule):
+            kind = type(self.datamodule).__name__
+            raise ConfigError(
+                f"The data module {kind} defines no {name}, so there are no images for the {purpose}. Measure on a labelled "
+                f"folder: resnet-finetune evaluate {as_typed(self.resumes) if self.resumes else 'RUN'} FOLDER"
+            )
 
 
 def _with_checkpoint_io(plugins: Any) -> list[Any]:

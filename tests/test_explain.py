@@ -147,6 +147,6 @@ def test_mistakes_of_the_user():
     ):
         with pytest.raises(ConfigError, match=says):
             explain(RUN, PICTURES, **{"neighbours": 0, **options})
-    with pytest.raises(DataError, match="are not here: name a folder with --among"):
-        explain(RUN, PICTURES)
+    with pytest.raises(DataError, match=r"does not say which folder its images were in\. Name a labelled folder .* --among"):
+        explain(RUN, PICTURES, neighbours=4)
     assert not Path("explained").exists()
