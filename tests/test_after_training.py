@@ -84,7 +84,7 @@ WORKS = ""
 NO_CLASSES = "was not trained, so it names no classes"
 UNLABELLED = r"was distilled on images without labels\. Name a"
 OWN_MODULE = r"came from the data module Own, not from a folder\. Name a"
-NO_TEST = "has no test split|no test_dataloader|defines no test"
+NO_TEST = "has (no|a) test split|defines no test_dataloader"
 TABLE = {
     #                   folder   adapt    student       features      own
     "validate":        (WORKS,   WORKS,   WORKS,        WORKS,        WORKS),
