@@ -63,7 +63,7 @@ def test_what_is_skipped_is_counted(tmp_path):
         "1 in a format that is not read (.dng), 2 in a format that is not read (.heic): convert them to JPEG or PNG."
     )
     touch(tmp_path, "c/1.heic")
-    with pytest.raises(DataError, match=r"c holds no picture.* 3 in a format that is not read \(\.heic\): convert them"):
+    with pytest.raises(DataError, match=r"(?s)'c' holds no picture.* 3 in a format that is not read \(\.heic\): convert them"):
         scan(tmp_path)
 
 
