@@ -20,18 +20,24 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
+from finetune.content import Content, contents
 from finetune.decoded import Decoded, keep_decoded
 from finetune.errors import ConfigError, DataError, did_you_mean
-from finetune.folders import PictureFolder, Split, scan, summary, write_split
+from finetune.folders import SPLITS, Picture, PictureFolder, Split, scan, summary
 from finetune.hardware import worker_count
 from finetune.left_out import SKIP, leaving_out, look_before_training, tell_left_out, write_left_out
 from finetune.loading import EvalSampler, PictureDataset, Sampling, TrainSampler, even_batch_size
 from finetune.positioned import PositionedDataModule
 from finetune.randomness import global_seed, seed_of
 from finetune.reuse import Reuse, ReuseLoader, ReuseType
+from finetune.run_split import RunSplit, facts_of, split_of
+from finetune.runs import run_of
 from finetune.sample import BUILT_IN
+from finetune.split_changes import Change, Image, describe, first_table
+from finetune.split_table import SplitTable, write_table
 from finetune.subsets import check_subset, fewer, fold_of
 from finetune.transforms import Augmentation, InputSpec, eval_transform, train_transform
+from finetune.walk import order
 
 _FEW = 64  # below this number of pictures, starting processes takes longer than reading
 _BUILT_IN_SIZE = 64
@@ -165,7 +171,15 @@ class FolderDataModule(PositionedDataModule):
     @cached_property
     def folder(self) -> PictureFolder:
         """The classes and pictures; the folder is searched on first use, so no `setup` is needed."""
-        found = self._scan()
+        return self._fresh() if self._known is None else self._continued(self._known)
+
+    @cached_property
+    def _found(self) -> PictureFolder:
+        return self._scan()
+
+    def _fresh(self) -> PictureFolder:
+        """Return the split of a run that starts now."""
+        found = self._found
         if self.folds:
             found = fold_of(found, self.folds, self.fold or 1, self.split_seed)
         return fewer(found, self.shots, self.fraction, self.split_seed)
@@ -185,12 +199,12 @@ class FolderDataModule(PositionedDataModule):
     @property
     def classes(self) -> list[str]:
         """Names of the classes; the position is the label."""
-        return list(self.folder.classes)
+        return list(self._found.classes)
 
     @property
     def num_classes(self) -> int:
         """Number of classes."""
-        return len(self.folder.classes)
+        return len(self._found.classes)
 
     @property
     def has_test(self) -> bool:
