@@ -166,6 +166,7 @@ class AdaptDataModule(FolderDataModule):
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Return shuffled, augmented training batches of both domains."""
+        self.write_split()
         seed = global_seed()
         transform = train_transform(self.input_spec, self.augment, self.hflip)
         source, target = self.folder.splits["train"], self.target.splits["train"]

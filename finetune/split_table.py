@@ -23,11 +23,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeAlias, cast, get_args
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 from finetune.errors import DataError
 from finetune.escaping import cells, from_cell
-from finetune.whole import write_whole
+from finetune.files import write_atomically
 
 TABLE, RESUMED = "split.csv", "split.resumed.csv"
 Role: TypeAlias = Literal["train", "val", "test", "unused", "removed"]
@@ -145,7 +145,7 @@ def _write(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) ->
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows(rows)
-    write_whole(path, text.getvalue().encode("utf-8", "surrogateescape"))
+    write_atomically(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def _read(path: Path) -> list[tuple[Row, str]]:
@@ -163,12 +163,13 @@ def _read(path: Path) -> list[tuple[Row, str]]:
 
 
 def _row(cell: dict[str, str]) -> tuple[Row, str]:
-    if cell["split"] not in ROLES:
+    role = next((each for each in ROLES if each == cell["split"]), None)
+    if role is None:
         raise ValueError(f"'{cell['split'][:40]}' is no split, expected {', '.join(ROLES)}")
     row = Row(
         from_cell(cell["file"]),
         from_cell(cell["label"]),
-        cast(Role, cell["split"]),
+        role,
         int(cell.get("size") or 0),
         cell.get("digest") or "",
         int(cell.get("epoch") or 0),
