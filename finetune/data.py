@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -24,19 +23,16 @@ from torch.utils.data import DataLoader, DistributedSampler
 from finetune.content import Content, contents
 from finetune.decoded import Decoded, keep_decoded
 from finetune.errors import ConfigError, DataError, did_you_mean
-from finetune.escaping import shown
 from finetune.folders import SPLITS, Picture, PictureFolder, Split, scan, summary
 from finetune.hardware import worker_count
 from finetune.left_out import SKIP, leaving_out, look_before_training, tell_left_out, write_left_out
 from finetune.loading import EvalSampler, PictureDataset, Sampling, TrainSampler, even_batch_size
-from finetune.positioned import PositionedDataModule
 from finetune.randomness import global_seed, seed_of
 from finetune.reuse import Reuse, ReuseLoader, ReuseType
-from finetune.run_split import RunSplit, facts_of, split_of
-from finetune.runs import run_of
+from finetune.run_split import RunSplit
 from finetune.sample import BUILT_IN
-from finetune.split_changes import Change, Image, describe, first_table
-from finetune.split_table import SplitTable, write_table
+from finetune.split_changes import Image, describe
+from finetune.split_data import SplitDataModule
 from finetune.subsets import check_subset, fewer, fold_of
 from finetune.transforms import Augmentation, InputSpec, eval_transform, train_transform
 from finetune.walk import order
@@ -50,7 +46,7 @@ _NOT_TRUE_HERE = (
 )
 
 
-class FolderDataModule(PositionedDataModule):
+class FolderDataModule(SplitDataModule):
     """Train, validate and test on a folder of pictures, or on built-in data.
 
     Example:
@@ -139,11 +135,6 @@ class FolderDataModule(PositionedDataModule):
         off = reuse is False  # how YAML reads the word
         self.reuse = Reuse.parse("off" if off else reuse, reuse_dtype, reuse_budget, random=augment != "none")
         self.input_spec = self._resized(InputSpec.default())
-        self._known: RunSplit | None = None  # of the run that goes on, or is measured
-        self._table: SplitTable | None = None
-        self._run: Path | None = None  # the folder in which the table lies
-        self._written = False
-        self.changes: list[Change] = []
 
     def _check_options(self, eval_batch_size: int | None) -> None:
         sizes = {
@@ -228,59 +219,44 @@ class FolderDataModule(PositionedDataModule):
 
     # ------------------------------------------------------------------------------------- the split of a run that goes on
 
-    def continue_from(self, known: RunSplit) -> None:
-        """Take the split from a run: what was trained on is not measured, and what was held out is not trained on.
+    @property
+    def split_root(self) -> Path:
+        """The folder that names of images start from."""
+        return self._found.root
 
-        Args:
-            known: What the run's checkpoint and folder know.
-        """
-        self._known, self._table, self._run = known, None, run_of(known.checkpoint)
-        self.changes = []
+    def forget_split(self) -> None:
+        """Let `folder` be found anew."""
         self.__dict__.pop("folder", None)
 
-    def tell_changes(self) -> None:
-        """Print how the images differ from those of the run, if they do."""
-        if self.changes and (self.trainer is None or self.trainer.is_global_zero):
-            print(
-                f"warning: {self.folder.root} has changed since the run was started: {describe(self.changes)}. "
-                "What was trained on is not measured, and what was held out is not trained on."
-            )
+    def split_images(self) -> list[Image]:
+        """Return all images, and how they are used by this training."""
+        return self._images(self.folder)
 
     def _continued(self, known: RunSplit) -> PictureFolder:
+        """Return the split of a run that goes on."""
         found = self._found
-        drawn: set[Split] = {*found.drawn, *(("val",) if self.folds else ())}
-        fresh = self._fresh() if known.table is None or self._is_elsewhere(known) else found
-        images = self._images(fresh, drawn)
+        fresh = self._fresh() if known.table is None or known.is_elsewhere(found.root) else found
+        images = self._images(fresh)
         bounded = self.shots is not None or self.fraction < 1
-        result = known.reconcile(found.root, images, bounded, [*found.left_out])
-        if result is None:
+        roles = self.roles_of(known, images, bounded=bounded, unusable=[*found.left_out])
+        if roles is None:
             return fresh
-        self._table = known.table.with_rows(result.rows) if known.table else None
-        self.changes = result.changes
         number = {name: label for label, name in enumerate(found.classes)}
-        splits: dict[Split, list[Picture]] = {split: [] for split in SPLITS}
-        for image in images:
-            role = result.roles[image.file]
-            if role in splits:
-                splits[role].append(Picture(image.file, number[image.label]))
+        splits: dict[Split, list[Picture]] = {
+            split: [Picture(i.file, number[i.label]) for i in images if roles[i.file] == split] for split in SPLITS
+        }
         ordered = {split: sorted(inside, key=lambda p: (p.label, order(p.file))) for split, inside in splits.items()}
-        return replace(found, splits=ordered, drawn=tuple(split for split in SPLITS if split in drawn))
+        return replace(found, splits=ordered, drawn=tuple(split for split in SPLITS if split in self._drawn))
 
-    def _is_elsewhere(self, known: RunSplit) -> bool:
-        return bool(known.root) and os.path.realpath(self._found.root) != os.path.realpath(known.root)
+    @property
+    def _drawn(self) -> set[Split]:
+        return {*self._found.drawn, *(("val",) if self.folds else ())}
 
-    def _require_pictures(self, split: Split) -> None:
-        rows = self._known.table.rows if self._known and self._known.table else ()
-        if not self.folder.splits[split] and any(row.role == split for row in rows):
-            raise DataError(
-                f"None of the {split} images of the run is left in {self.folder.root}: {describe(self.changes)}. Put them "
-                "back, or start a new run."
-            )
-
-    def _images(self, folder: PictureFolder, drawn: Collection[Split]) -> list[Image]:
+    def _images(self, folder: PictureFolder) -> list[Image]:
         """Return all images, how a folder uses them, and their content."""
-        found = self._found
-        hashes = {} if self.root in BUILT_IN else contents(found.root, _files_of(found), self.workers)
+        found, drawn = self._found, self._drawn
+        files = [picture.file for split in SPLITS for picture in found.splits[split]]
+        hashes = {} if self.root in BUILT_IN else contents(found.root, files, self.workers)
         used: dict[str, Split] = {p.file: split for split in SPLITS for p in folder.splits[split]}
         return [
             Image(
@@ -294,40 +270,19 @@ class FolderDataModule(PositionedDataModule):
             for picture in found.splits[split]
         ]
 
-    def write_split(self) -> None:
-        """Write down how images are used, in the folder of the run; once in each training, and by the first process."""
-        trainer = self.trainer
-        if trainer is None or trainer.state.fn != "fit" or self._written:
-            return
-        self._written = True
-        log_dir = trainer.log_dir  # asks all processes
-        if not (log_dir and trainer.is_global_zero and (trainer.loggers or Path(log_dir).resolve() != Path.cwd())):
-            return
-        folder, self._run = self.folder, Path(log_dir)
-        if self._table is None:
-            images = self._images(folder, folder.drawn)
-            self._table = first_table(images)
-            _warn_of_copies(images)
-        write_table(self._run, self._table)
-        write_left_out(folder, self._run / "left_out.csv")
+    def write_split(self) -> Path | None:
+        """Write down how images are used, and which are left out."""
+        run = super().write_split()
+        if run is not None:
+            write_left_out(self.folder, run / "left_out.csv")
+        return run
 
-    @property
-    def split_facts(self) -> dict[str, str]:
-        """What a checkpoint notes of the split: the digest of its table, and the folder of the images; empty if unknown."""
-        return {} if self._table is None else facts_of(self.folder.root, self._table)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return also what the checkpoint notes of the split."""
-        return {**super().state_dict(), "split": self.split_facts}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the split of the checkpoint's run, for a trainer that was given the checkpoint."""
-        path: Any = self.trainer.ckpt_path if self.trainer else None
-        run = run_of(Path(path)) if path else None
-        if run is not None and (self._run is None or run.resolve() != self._run.resolve()):
-            self.continue_from(split_of(Path(path), state_dict.get("split"), epoch=int(state_dict["epoch"])))
-            self.tell_changes()
-        super().load_state_dict(state_dict)
+    def _require(self, split: Split) -> None:
+        if not self.folder.splits[split] and self.lost(split):
+            raise DataError(
+                f"None of the {split} images of the run is left in {self.folder.root}: {describe(self.changes)}. Put them "
+                "back, or start a new run."
+            )
 
     # ---------------------------------------------------------------------------------------------- hooks of Lightning
 
@@ -360,7 +315,7 @@ class FolderDataModule(PositionedDataModule):
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]] | ReuseLoader:
         """Return shuffled, augmented training batches; the pictures of an incomplete last batch wait for another epoch."""
-        self._require_pictures("train")
+        self._require("train")
         self.write_split()
         seed = global_seed()
         trainer: Any = self.trainer
@@ -378,7 +333,7 @@ class FolderDataModule(PositionedDataModule):
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]] | ReuseLoader | list[Any]:
         """Return the validation batches in the order of `files`; an empty list if there are no pictures to validate with."""
-        self._require_pictures("val")
+        self._require("val")
         return self._reusing(self.eval_loader("val"), "val") if self.folder.splits["val"] else []
 
     @property
@@ -471,21 +426,6 @@ class FolderDataModule(PositionedDataModule):
             num_workers=workers,
             persistent_workers=workers > 0 and not (pin and reloads),  # https://github.com/pytorch/pytorch/issues/91252
             pin_memory=pin,
-        )
-
-
-def _files_of(folder: PictureFolder) -> list[str]:
-    return [picture.file for split in SPLITS for picture in folder.splits[split]]
-
-
-def _warn_of_copies(images: Sequence[Image]) -> None:
-    trained = {image.digest for image in images if image.split == "train" and image.digest}
-    copies = [image.file for image in images if image.split in ("val", "test") and image.digest in trained]
-    if copies:
-        named = ", ".join(map(shown, copies[:3])) + (", …" if len(copies) > 3 else "")
-        print(
-            f"warning: {len(copies)} held-out images are copies of training images ({named}): metrics will be better than the "
-            "model is. Remove the copies; resnet-finetune check lists them."
         )
 
 

@@ -60,9 +60,12 @@ class RunSplit:
                 f"{TABLE} of {run_of(self.checkpoint)} is not the one that {self.checkpoint.name} was trained with: it was "
                 "edited or replaced. It says which images were trained on: restore it, or start a new run."
             )
-        elsewhere = bool(self.root) and os.path.realpath(root) != os.path.realpath(self.root)
-        another = elsewhere and is_another(self.table, images)
+        another = self.is_elsewhere(root) and is_another(self.table, images)
         return reconcile(self.table, images, self.epoch, bounded, another, unusable)
+
+    def is_elsewhere(self, root: Path) -> bool:
+        """Return whether a folder has another path than that of the run's images, as a copy or another folder has."""
+        return bool(self.root) and os.path.realpath(root) != os.path.realpath(self.root)
 
 
 def split_of(checkpoint: Path, facts: Mapping[str, Any] | None = None, root: str = "", epoch: int = 0) -> RunSplit:

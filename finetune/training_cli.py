@@ -16,7 +16,6 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from finetune import checkpoints, hardware, progress, slurm
 from finetune.averaging import kind_of_average, refuse_other_average
 from finetune.closing import close_run, metric_table, say
-from finetune.data import FolderDataModule
 from finetune.defaults import RunOptions
 from finetune.errors import CheckpointError, ConfigError, FinetuneError
 from finetune.module import FinetuneModule
@@ -30,6 +29,7 @@ from finetune.run_callbacks import RunCallbacks
 from finetune.run_split import split_in
 from finetune.runs import CONFIG, RESUMED_CONFIG, AtomicCheckpointIO, as_typed, new_run, only_here, run_of
 from finetune.sample import BUILT_IN
+from finetune.split_data import SplitDataModule
 from finetune.stopping import code_of, how_to_go_on, stop_signal
 from finetune.strategies import choose_strategy, processes_of
 from finetune.tracking import build_trackers, closing_if_it_fails, conclude, flat_options, parse_names
@@ -175,7 +175,7 @@ class FinetuneCLI(LightningCLI):
 
     def _take_split(self, checkpoint: Path) -> None:
         """Let the data keep to what the run of a checkpoint trained on and held out."""
-        if isinstance(self.datamodule, FolderDataModule):
+        if isinstance(self.datamodule, SplitDataModule):
             checkpoints.refuse_other_classes(self.stored, self.model)
             self.datamodule.continue_from(split_in(checkpoint, {**self.stored, "epoch": self.done_epochs - 1}))
 
@@ -300,8 +300,8 @@ class FinetuneCLI(LightningCLI):
                 conclude(self.trainer.loggers, self.run_folder, read_record(self.run_folder), self.trainer.global_step)
 
     def _tell_changes(self) -> None:
-        if isinstance(self.datamodule, FolderDataModule):
-            _ = self.datamodule.folder  # which compares the images with those of the run
+        if isinstance(self.datamodule, SplitDataModule):
+            self.datamodule.split_images()  # which are compared with those of the run
             self.datamodule.tell_changes()
 
     def validate(self, **kwargs: Any) -> None:
