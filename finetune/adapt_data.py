@@ -170,11 +170,11 @@ class AdaptDataModule(FolderDataModule):
         seed = global_seed()
         transform = train_transform(self.input_spec, self.augment, self.hflip)
         source, target = self.folder.splits["train"], self.target.splits["train"]
-        labels = set(self.labelled_target)
+        labels, white = set(self.labelled_target), self.input_spec.white
         hidden = [Picture(p.file, p.label if place in labels else UNKNOWN) for place, p in enumerate(target)]
         pairs = PairDataset(
-            PictureDataset(self.folder.root, source, transform, seed),
-            PictureDataset(self.target.root, hidden, transform, seed_of(seed, TARGET)),
+            PictureDataset(self.folder.root, source, transform, seed, white=white),
+            PictureDataset(self.target.root, hidden, transform, seed_of(seed, TARGET), white=white),
         )
         position = self.position if self.trainer else None
         sampler = PairSampler(pairs, self.batch_size, self.steps, self.labelled_target, seed, position, *self.ranks())
@@ -198,7 +198,9 @@ class AdaptDataModule(FolderDataModule):
 
     def target_loader(self, split: Split) -> DataLoader[dict[str, Any]]:
         """Return the pictures of a split of the target once each, in order, under the key `target` of each batch."""
-        pictures = PictureDataset(self.target.root, self.target.splits[split], eval_transform(self.input_spec))
+        pictures = PictureDataset(
+            self.target.root, self.target.splits[split], eval_transform(self.input_spec), white=self.input_spec.white
+        )
         return self._in_order(cast(Any, TargetDataset(pictures)), f"{split} split of {self.target.root}")
 
     def describe_target(self) -> dict[str, Any]:

@@ -22,9 +22,11 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from finetune.content import Content, contents
 from finetune.decoded import Decoded, keep_decoded
+from finetune.depth import depth_text, sampled_depth
 from finetune.errors import ConfigError, DataError, did_you_mean
 from finetune.folders import SPLITS, Picture, PictureFolder, Split, scan, summary
 from finetune.hardware import worker_count
+from finetune.images import FULL
 from finetune.left_out import SKIP, leaving_out, look_before_training, tell_left_out, write_left_out
 from finetune.loading import EvalSampler, PictureDataset, Sampling, TrainSampler, even_batch_size
 from finetune.randomness import global_seed, seed_of
@@ -86,6 +88,8 @@ class FolderDataModule(SplitDataModule):
         on_error: What happens where pictures cannot be read. raise: training does not start, or stops, and names them; skip:
             all are decoded once before training, and those that cannot be are left out and named.
         max_errors: Share of the pictures that skip may leave out.
+        scale: How grey values of 16 bits become 8: full (65535 is white), or auto (white is the largest value of the 8, 10,
+            12, 14 or 16 bits that a sample of the training images needs). The model keeps it for prediction.
 
     Attributes:
         input_spec: The input that the loaders deliver; `setup` asks the model for it.
@@ -116,6 +120,7 @@ class FolderDataModule(SplitDataModule):
         reuse_budget: float = 20.0,
         on_error: Literal["raise", "skip"] = "raise",
         max_errors: float = 0.05,
+        scale: Literal["full", "auto"] = "full",
     ) -> None:
         super().__init__()
         root = plain_root(root)
@@ -130,7 +135,7 @@ class FolderDataModule(SplitDataModule):
         self.sampling = sampling
         self.workers = workers
         self.decoded = decoded
-        self.on_error, self.max_errors = on_error, max_errors
+        self.on_error, self.max_errors, self.scale = on_error, max_errors, scale
         self._check_options(eval_batch_size)
         off = reuse is False  # how YAML reads the word
         self.reuse = Reuse.parse("off" if off else reuse, reuse_dtype, reuse_budget, random=augment != "none")
@@ -148,6 +153,8 @@ class FolderDataModule(SplitDataModule):
                 raise ConfigError(f"Expected data.{name} to be at least 1, found {value}.")
         if self.on_error not in ("raise", "skip"):
             raise ConfigError(f"Expected data.on_error to be raise or skip, found '{self.on_error}'.")
+        if self.scale not in ("full", "auto"):
+            raise ConfigError(f"Expected data.scale to be full or auto, found '{self.scale}'.")
         if not 0 <= self.max_errors <= 1:
             raise ConfigError(f"Expected data.max_errors to be between 0 and 1, found {self.max_errors}.")
         if self.workers is not None and self.workers < 0:
@@ -299,6 +306,8 @@ class FolderDataModule(SplitDataModule):
         self.input_spec = self._resized(spec or InputSpec.default())
         if stage != "fit":
             return
+        if self._known is None:
+            self.input_spec = replace(self.input_spec, white=self._white())
         self._restored = None
         self._written = False
         first = trainer is None or trainer.is_global_zero
@@ -322,7 +331,9 @@ class FolderDataModule(SplitDataModule):
         pictures = self.folder.splits["train"]
         transform = train_transform(self.input_spec, self.augment, self.hflip)
         random = None if self.augment == "none" else seed
-        dataset = PictureDataset(self.folder.root, pictures, transform, random, self._decoded("train"), self._advice)
+        dataset = PictureDataset(
+            self.folder.root, pictures, transform, random, self._decoded("train"), self._advice, self.input_spec.white
+        )
         if trainer and trainer.overfit_batches:
             return self._loader(dataset, self.batch_size)
         position = self.position if trainer else None
@@ -347,7 +358,7 @@ class FolderDataModule(SplitDataModule):
         if self.decoded is None:
             return None
         workers = worker_count() if self.workers is None else self.workers
-        return keep_decoded([str(path) for path in self.files(split)], self.decoded, workers)
+        return keep_decoded([str(path) for path in self.files(split)], self.decoded, workers, self.input_spec.white)
 
     def _reusing(self, loader: DataLoader[dict[str, Any]], split: Split) -> DataLoader[dict[str, Any]] | ReuseLoader:
         fits = self.reuse is not None and self.trainer is not None and self.trainer.state.fn == "fit"
@@ -376,7 +387,13 @@ class FolderDataModule(SplitDataModule):
         """
         pictures = self.folder.splits[split]
         dataset = PictureDataset(
-            self.folder.root, pictures, eval_transform(self.input_spec), None, self._decoded(split), self._advice
+            self.folder.root,
+            pictures,
+            eval_transform(self.input_spec),
+            None,
+            self._decoded(split),
+            self._advice,
+            self.input_spec.white,
         )
         return self._in_order(dataset, f"{split} split of {self.folder.root}")
 
@@ -401,6 +418,15 @@ class FolderDataModule(SplitDataModule):
         return self._loader(
             dataset, even_batch_size(len(dataset), world, self.eval_batch_size), EvalSampler(dataset, world, rank)
         )
+
+    def _white(self) -> int:
+        """Return the grey value of 16 bits that is white, and say so where there are such files."""
+        if self.root in BUILT_IN:
+            return FULL
+        depth = sampled_depth(self.folder.root, [picture.file for picture in self.folder.splits["train"]])
+        if (text := depth_text(depth, self.scale)) and (self.trainer is None or self.trainer.is_global_zero):
+            print(text)
+        return depth.white if self.scale == "auto" else FULL
 
     def _resized(self, spec: InputSpec) -> InputSpec:
         return spec if self.image_size is None else replace(spec, size=self.image_size)

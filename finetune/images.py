@@ -83,6 +83,11 @@ def decode_image(data: bytearray, name: str, white: int = FULL) -> Tensor:
         raise DataError(f"{name} cannot be read as a picture: {error}. {_REMEDY}") from error
 
 
+def white_text(white: int) -> str:
+    """Return what belongs into the key of anything that is kept of images: empty where 16 bits are scaled by all of them."""
+    return "" if white == FULL else f", {white} is white"
+
+
 def open_picture(file: str | io.BytesIO) -> Image.Image:
     """Open a picture with Pillow, in any format but those that Pillow hands to another program (PostScript to Ghostscript)."""
     Image.init()
@@ -196,12 +201,12 @@ def grey_values(image: Image.Image, grey: GreyTiff | None = None) -> np.ndarray:
 def _to_8_bits(image: Image.Image, white: int, grey: GreyTiff | None) -> Image.Image:
     """Scale grey values of 16 bits (which Pillow would clip at 255), or floating-point ones between 0 and 1."""
     values = grey_values(image, grey)
-    if np.isnan(values).any():
-        raise ValueError("some of its values are NaN; replace them, and save it with 8 or 16 bits")
     largest = 1.0 if image.mode == "F" else FULL if grey is None else grey.largest
-    low, high = values.min(), values.max()
-    if not (low >= 0 and high <= largest):
-        raise ValueError(f"its grey values go from {low:g} to {high:g}, expected 0 to {largest:g}; save it with 8 or 16 bits")
+    known = values[~np.isnan(values)]
+    low, high = (known.min(), known.max()) if known.size else (math.nan, math.nan)
+    if known.size < values.size or not (low >= 0 and high <= largest):
+        found = f"go from {low:g} to {high:g}" + (" and NaN" if known.size < values.size else "")
+        raise ValueError(f"its grey values {found}, expected 0 to {largest:g}; save it with 8 or 16 bits")
     limit = min(largest, white) if image.mode.startswith("I") else largest
     values = np.minimum(values, limit) * (255 / limit)
     if grey is not None and grey.white_is_zero:

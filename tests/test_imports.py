@@ -29,6 +29,7 @@ ORDER = [
     "validators",
     "tiff",
     "images",
+    "depth",
     "stages",
     "stage_flow",
     "flow_warnings",
