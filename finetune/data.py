@@ -20,11 +20,11 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
-from finetune.content import Content, contents
 from finetune.decoded import Decoded, keep_decoded
 from finetune.depth import depth_text, sampled_depth
 from finetune.errors import ConfigError, DataError, did_you_mean
-from finetune.folders import SPLITS, Picture, PictureFolder, Split, scan, summary
+from finetune.folder_split import images_of, with_roles
+from finetune.folders import PictureFolder, Split, scan, summary
 from finetune.hardware import worker_count
 from finetune.images import FULL
 from finetune.left_out import SKIP, leaving_out, look_before_training, tell_left_out, write_left_out
@@ -37,7 +37,6 @@ from finetune.split_changes import Image, describe
 from finetune.split_data import SplitDataModule
 from finetune.subsets import check_subset, fewer, fold_of
 from finetune.transforms import Augmentation, InputSpec, eval_transform, train_transform
-from finetune.walk import order
 
 _FEW = 64  # below this number of pictures, starting processes takes longer than reading
 _BUILT_IN_SIZE = 64
@@ -248,34 +247,14 @@ class FolderDataModule(SplitDataModule):
         roles = self.roles_of(known, images, bounded=bounded, unusable=[*found.left_out])
         if roles is None:
             return fresh
-        number = {name: label for label, name in enumerate(found.classes)}
-        splits: dict[Split, list[Picture]] = {
-            split: [Picture(i.file, number[i.label]) for i in images if roles[i.file] == split] for split in SPLITS
-        }
-        ordered = {split: sorted(inside, key=lambda p: (p.label, order(p.file))) for split, inside in splits.items()}
-        return replace(found, splits=ordered, drawn=tuple(split for split in SPLITS if split in self._drawn))
+        return with_roles(found, images, roles, self._drawn)
 
     @property
     def _drawn(self) -> set[Split]:
         return {*self._found.drawn, *(("val",) if self.folds else ())}
 
     def _images(self, folder: PictureFolder) -> list[Image]:
-        """Return all images, how a folder uses them, and their content."""
-        found, drawn = self._found, self._drawn
-        files = [picture.file for split in SPLITS for picture in found.splits[split]]
-        hashes = {} if self.root in BUILT_IN else contents(found.root, files, self.workers)
-        used: dict[str, Split] = {p.file: split for split in SPLITS for p in folder.splits[split]}
-        return [
-            Image(
-                picture.file,
-                found.classes[picture.label],
-                used.get(picture.file),
-                not (split in drawn or (split == "train" and drawn)),
-                *hashes.get(picture.file, Content(0, "")),
-            )
-            for split in SPLITS
-            for picture in found.splits[split]
-        ]
+        return images_of(self._found, folder, self._drawn, self.root not in BUILT_IN, self.workers)
 
     def write_split(self) -> Path | None:
         """Write down how images are used, and which are left out."""

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from finetune import checkpoints
 from finetune.calibration import fit_temperature, scaled, store_temperature
+from finetune.content import contents
 from finetune.errors import ConfigError, DataError
 from finetune.escaping import cells, shown
 from finetune.files import MARK, Unmarked, new_folder, require_free_folder
@@ -25,6 +26,7 @@ from finetune.outcomes import Outcome, write_outcome
 from finetune.predictor import Augmentations, Predictor
 from finetune.report import write_report
 from finetune.run_files import RunFiles
+from finetune.run_split import trained_on
 from finetune.runs import run_of
 from finetune.scores import Interval, confused_pairs, confusion, ece, metrics, per_class, selective
 
@@ -78,6 +80,7 @@ def evaluate(
     predictor = Predictor(model, temperature=temperature, **reading)
     trained = predictor.trained
     pictures = _pictures(predictor, folder, wanted)
+    seen = 0 if folder is None else _count_trained_on(trained.path, pictures, workers)
     target = Path(out) if out else _place(trained.path, pictures)
     require_free_folder(target, overwrite, _OLDER)
     if calibrate:
@@ -90,6 +93,7 @@ def evaluate(
         "model": str(trained.path),
         "pictures": pictures.name,
         "number": len(outcome),
+        "trained_on": seen,
         "tta": tta,
         "temperature": predictor.trained.temperature,
         "metrics": {name: interval._asdict() for name, interval in found.items()},
@@ -150,6 +154,21 @@ def _pictures(predictor: Predictor, folder: str | None, split: Split | None) -> 
         return pictures_in(folder, predictor.classes, split)
     predictor.trained.require_module()
     return own_pictures(predictor.trained.path, predictor.classes, split)
+
+
+def _count_trained_on(model: Path, pictures: Labelled, workers: int | None) -> int:
+    """Count the images that the model was trained on, by their content, and say so."""
+    if not model.is_file() or run_of(model) is None:
+        return 0
+    files = [os.path.abspath(file) for file in pictures.files]
+    found = contents(Path(os.sep), files, workers)
+    seen = trained_on(model, [found[file].digest for file in files])
+    if seen:
+        print(
+            f"warning: {seen} of the {len(files)} images were trained on, going by their content: the metrics are better than "
+            "those of new images."
+        )
+    return seen
 
 
 def _place(model: Path, pictures: Labelled) -> Path:

@@ -47,6 +47,7 @@ ORDER = [
     "examine",
     "examined",
     "content",
+    "folder_split",
     "survey",
     "left_out",
     "target",
