@@ -159,6 +159,13 @@ def test_a_held_out_image_that_was_moved_into_the_training_folder_stays_held_out
     assert found.changes == [Change("moved", "train/a/a5.png", "it was a/a5.png")]
 
 
+def test_new_content_that_comes_into_two_splits_at_once_is_used_in_one():
+    twice = [Image(f"{split}/a/new.png", "a", split, True, 1, "a9") for split in ("train", "val")]
+    found = reconcile(TABLE, changed(more=twice))
+    assert [found.roles[image.file] for image in twice] == ["train", "unused"]
+    assert [(c.kind, c.file) for c in found.changes] == [("added", "train/a/new.png"), ("crossed", "val/a/new.png")]
+
+
 def test_an_image_that_comes_back_is_what_it_was():
     without = TABLE.with_rows(reconcile(TABLE, changed(drop="a5")).rows)
     back = reconcile(without, changed(drop="a5", more=[Image("a/new name.png", "a", "train", False, 1, "a5")]))
