@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from torch.utils.data import DataLoader
 
@@ -57,6 +57,7 @@ class AdaptDataModule(FolderDataModule):
         split_seed: Another seed draws other pictures for these shares.
         workers: Processes that read pictures. By default one per core up to 8, and none for fewer than 64 pictures.
         eval_batch_size: Pictures per step and device in validation and test. By default twice the batch size.
+        scale: How grey values of 16 bits become 8: full, or auto, as in `FolderDataModule`.
     """
 
     unreadable_remedy = ""
@@ -77,6 +78,7 @@ class AdaptDataModule(FolderDataModule):
         split_seed: int = 0,
         workers: int | None = None,
         eval_batch_size: int | None = None,
+        scale: Literal["full", "auto"] = "full",
     ) -> None:
         root = plain_root(root)
         target = os.fspath(target) if isinstance(target, str | os.PathLike) else [os.fspath(each) for each in target]
@@ -91,6 +93,7 @@ class AdaptDataModule(FolderDataModule):
             split_seed=split_seed,
             workers=workers,
             eval_batch_size=eval_batch_size,
+            scale=scale,
         )
         self.targets = [target] if isinstance(target, str) else target
         self.target_labels, self.target_shots, self.steps_per_epoch = target_labels, target_shots, steps_per_epoch

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from finetune import DistillDataModule
+from finetune.run_split import RunSplit
+from finetune.split_changes import first_table
 from finetune.transforms import InputSpec
 
 

@@ -1,6 +1,7 @@
 """Grey TIFF files written by hand, against what the specification says of their values."""
 
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -123,3 +124,25 @@ def test_what_is_cut_off_or_odd_is_refused_by_name(tmp_path):
     for length in range(8, len(whole), 7):
         with pytest.raises(DataError, match=r"a\.tif"):
             read(tmp_path, whole[:length])
+
+
+def png(kind, depth, width, row):
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    head = struct.pack(">IIBBBBB", width, 1, depth, kind, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "wanted"),
+    [
+        (4, [25700, 65535, 25700, 0], [[100] * 3, [255] * 3]),  # grey with alpha
+        (4, [25700, 32896], [[177] * 3]),
+        (6, [25700, 257, 514, 65535, 25700, 0, 0, 0], [[100, 1, 2], [255] * 3]),
+        (0, [25700, 65535], [[100] * 3, [255] * 3]),
+    ],
+)
+def test_png_of_16_bits(tmp_path, kind, values, wanted):
+    row = struct.pack(f">{len(values)}H", *values)
+    assert read(tmp_path, png(kind, 16, len(wanted), row))[:, 0].T.tolist() == wanted
