@@ -241,6 +241,8 @@ class FolderDataModule(SplitDataModule):
     def _continued(self, known: RunSplit) -> PictureFolder:
         """Return the split of a run that goes on."""
         found = self._found
+        if known.says_nothing:
+            return self._fresh()
         fresh = self._fresh() if known.table is None or known.is_elsewhere(found.root) else found
         images = self._images(fresh)
         bounded = self.shots is not None or self.fraction < 1

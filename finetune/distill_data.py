@@ -121,7 +121,7 @@ class DistillDataModule(SplitDataModule):
     @cached_property
     def files(self) -> dict[str, list[Picture]]:
         """The pictures of `train` and `val`."""
-        if self._known is None:
+        if self._known is None or self._known.says_nothing:
             return self._draw()
         roles = self.roles_of(self._known, self._images(self._draw()))
         if roles is None:

@@ -85,7 +85,7 @@ def evaluate(
     require_free_folder(target, overwrite, _OLDER)
     if calibrate:
         raw = Predictor(model, temperature=1.0, **reading)
-        _calibrate(raw, workers)
+        _calibrate(raw, workers, tell=folder is not None)
         predictor = Predictor(model, **reading)
     outcome = outcome_of(predictor, pictures, workers)
     found = metrics(outcome, resamples)
@@ -176,11 +176,11 @@ def _place(model: Path, pictures: Labelled) -> Path:
     return (run_of(model) or model.parent) / "evaluation" / name
 
 
-def _calibrate(raw: Predictor, workers: int | None) -> None:
+def _calibrate(raw: Predictor, workers: int | None, tell: bool) -> None:
     """Fit and store the temperature of a checkpoint on its run's validation pictures."""
     raw.trained.require_module()
     path = raw.trained.path
-    outcome = outcome_of(raw, own_pictures(path, raw.classes, "val"), workers)
+    outcome = outcome_of(raw, own_pictures(path, raw.classes, "val", tell), workers)
     temperature = fit_temperature(outcome)
     before, after = ece(outcome), ece(scaled(outcome, temperature))
     details: dict[str, float | int | str] = {"pictures": len(outcome), "ece_before": before, "ece_after": after}

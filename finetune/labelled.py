@@ -48,13 +48,14 @@ def data_of(checkpoint: Path) -> FolderDataModule | None:
     return data if found else None
 
 
-def own_pictures(checkpoint: Path, classes: tuple[str, ...], split: Split | None = None) -> Labelled:
+def own_pictures(checkpoint: Path, classes: tuple[str, ...], split: Split | None = None, tell: bool = True) -> Labelled:
     """Return pictures of the run of a checkpoint.
 
     Args:
         checkpoint: The checkpoint.
         classes: Its classes.
         split: Which; if None, test where there is one, otherwise val.
+        tell: Whether to print how they differ from those of the run.
 
     Raises:
         DataError: If they are not there, or are of other classes.
@@ -71,7 +72,8 @@ def own_pictures(checkpoint: Path, classes: tuple[str, ...], split: Split | None
         )
     split = split or ("test" if data.has_test else "val")
     files = [str(path) for path in data.files(split)]
-    data.tell_changes()
+    if tell:
+        data.tell_changes()
     if not files:
         raise DataError(f"{data.root} has no pictures in the split '{split}'. Give another --split, or name a folder.")
     return Labelled(data.folder.root, f"{data.root} {split}", files, data.labels(split))

@@ -63,6 +63,11 @@ class RunSplit:
         another = self.is_elsewhere(root) and is_another(self.table, images)
         return reconcile(self.table, images, self.epoch, bounded, another, unusable)
 
+    @property
+    def says_nothing(self) -> bool:
+        """Whether nothing is known: a run of an older version whose split was given, or whose table is lost."""
+        return self.table is None and not self.noted
+
     def is_elsewhere(self, root: Path) -> bool:
         """Return whether a folder has another path than that of the run's images, as a copy or another folder has."""
         return bool(self.root) and os.path.realpath(root) != os.path.realpath(self.root)
