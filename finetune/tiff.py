@@ -53,7 +53,7 @@ class GreyTiff(NamedTuple):
     @property
     def largest(self) -> int:
         """The largest value of its kind, which is white; of 32 bits those of 16, as which they are usually written."""
-        return int(2 ** min(16, self.bits - self.signed * (self.bits < 32)) - 1)
+        return int(2 ** min(16, max(1, self.bits - self.signed * (self.bits < 32))) - 1)
 
 
 def read_tags(data: bytes | bytearray) -> list[Entry] | None:

@@ -2,6 +2,7 @@
 
 import csv
 import os
+from random import Random
 
 import pytest
 
@@ -70,3 +71,24 @@ def test_a_table_that_cannot_be_read_is_named(tmp_path, content):
     (tmp_path / "split.csv").write_bytes(content)
     with pytest.raises(DataError, match=r"split\.csv cannot be read as the table of a run's images"):
         read_table(tmp_path)
+
+
+def test_damaged_tables_are_read_or_named(tmp_path):
+    random = Random(0)
+    write_table(tmp_path, START.with_rows([Row("c/2.png", "c", "train", 5, "cc", 3)]))
+    whole = {name: (tmp_path / name).read_bytes() for name in ("split.csv", "split.resumed.csv")}
+    refused = 0
+    for _ in range(500):
+        for name, content in whole.items():
+            damaged = bytearray(content)
+            for _ in range(random.randrange(1, 4)):
+                at = random.randrange(len(damaged))
+                damaged[at : at + random.choice([0, 1, 9])] = random.choice(
+                    [b"", b"\0", b'"', b"\n", b",", b"\xff", b"9" * 5000]
+                )
+            (tmp_path / name).write_bytes(damaged)
+        try:
+            read_table(tmp_path)
+        except DataError:  # any other error fails the test
+            refused += 1
+    assert 50 < refused < 500
