@@ -302,7 +302,8 @@ class FinetuneCLI(LightningCLI):
     def _tell_changes(self) -> None:
         if isinstance(self.datamodule, SplitDataModule):
             self.datamodule.split_images()  # which are compared with those of the run
-            self.datamodule.tell_changes()
+            if self.trainer.is_global_zero:
+                self.datamodule.tell_changes()
 
     def validate(self, **kwargs: Any) -> None:
         """Validate and print the metrics."""
