@@ -67,6 +67,7 @@ class AdaptDataModule(FolderDataModule):
         decoded: Keep the images of both domains decoded, with so many pixels on the shorter side.
         on_error: What happens where images of either domain cannot be read: raise or skip, as in `FolderDataModule`.
         max_errors: Share of the images of a domain that skip may leave out.
+        scale: How grey values of 16 bits become 8: full, or auto, as in `FolderDataModule`.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class AdaptDataModule(FolderDataModule):
         decoded: int | None = None,
         on_error: Literal["raise", "skip"] = "raise",
         max_errors: float = 0.05,
+        scale: Literal["full", "auto"] = "full",
     ) -> None:
         root = plain_root(root)
         target = os.fspath(target) if isinstance(target, str | os.PathLike) else [os.fspath(each) for each in target]
@@ -115,6 +117,7 @@ class AdaptDataModule(FolderDataModule):
             decoded=decoded,
             on_error=on_error,
             max_errors=max_errors,
+            scale=scale,
         )
         self.targets = [target] if isinstance(target, str) else target
         self.target_labels, self.target_shots, self.steps_per_epoch = target_labels, target_shots, steps_per_epoch
@@ -197,15 +200,22 @@ class AdaptDataModule(FolderDataModule):
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Return shuffled, augmented training batches of both domains."""
+        self.write_split()
         seed = global_seed()
         transform = train_transform(self.input_spec, self.augment, self.hflip)
         source, target = self.folder.splits["train"], self.target.splits["train"]
-        labels = set(self.labelled_target)
+        labels, white = set(self.labelled_target), self.input_spec.white
         hidden = [Picture(p.file, p.label if place in labels else UNKNOWN) for place, p in enumerate(target)]
         pairs = PairDataset(
-            PictureDataset(self.folder.root, source, transform, seed, self._decoded("train"), self._advice),
+            PictureDataset(self.folder.root, source, transform, seed, self._decoded("train"), self._advice, white=white),
             PictureDataset(
-                self.target.root, hidden, transform, seed_of(seed, TARGET), self._decoded_target("train"), self._advice
+                self.target.root,
+                hidden,
+                transform,
+                seed_of(seed, TARGET),
+                self._decoded_target("train"),
+                self._advice,
+                white=white,
             ),
         )
         position = self.position if self.trainer else None
@@ -233,8 +243,9 @@ class AdaptDataModule(FolderDataModule):
 
     def target_loader(self, split: Split) -> DataLoader[dict[str, Any]]:
         """Return the pictures of a split of the target once each, in order, under the key `target` of each batch."""
-        decoded, transform = self._decoded_target(split), eval_transform(self.input_spec)
-        pictures = PictureDataset(self.target.root, self.target.splits[split], transform, None, decoded, self._advice)
+        decoded, transform, white = self._decoded_target(split), eval_transform(self.input_spec), self.input_spec.white
+        images = self.target.splits[split]
+        pictures = PictureDataset(self.target.root, images, transform, None, decoded, self._advice, white=white)
         return self._in_order(cast(Any, TargetDataset(pictures)), f"{split} split of {self.target.root}")
 
     def _decoded_target(self, split: Split) -> Decoded | None:

@@ -12,8 +12,6 @@ hardly moves the others.
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import unicodedata
 from collections import Counter
@@ -26,8 +24,7 @@ from typing import Literal, NamedTuple, TypeAlias
 from tabulate import tabulate
 
 from finetune.errors import DataError, did_you_mean
-from finetune.escaping import cells, shown
-from finetune.files import write_atomically
+from finetune.escaping import shown
 from finetune.images import IMAGE_SUFFIXES
 from finetune.randomness import seed_of
 from finetune.walk import UNREAD, existing, identity, order, subfolders, walk
@@ -159,25 +156,6 @@ def unread_hint(skipped: Mapping[str, int]) -> str:
     """Return a sentence about images in formats that are not read, if there were some."""
     unread = [f"{number} {kind}" for kind, number in sorted(skipped.items()) if kind.startswith(UNREAD)]
     return f" {', '.join(unread)}: convert them to JPEG or PNG." if unread else ""
-
-
-def write_split(folder: PictureFolder, path: Path) -> None:
-    """Write down which picture is in which split, if one was drawn: a CSV file with the columns file, label and split.
-
-    A file that says the same already is left alone.
-    """
-    if not folder.drawn:
-        return
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["file", "label", "split"])
-    for split in SPLITS:
-        writer.writerows([*cells([file, folder.classes[label]]), split] for file, label in folder.splits[split])
-    content = text.getvalue().encode("utf-8", "surrogateescape")
-    if path.is_file() and path.read_bytes() == content:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, content)
 
 
 # ------------------------------------------------------------------------------------------------------------ the layout
