@@ -10,8 +10,10 @@ of an epoch, or has another number of workers, therefore sees the batches that t
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -223,6 +225,15 @@ class FolderDataModule(SplitDataModule):
         """Return the labels of a split, in the order of `files`."""
         return [picture.label for picture in self.folder.splits[split]]
 
+    def folder_options(self) -> dict[str, Any]:
+        """Return the options with which `FolderDataModule` finds the labelled images of this data module again.
+
+        A checkpoint keeps them, so that `evaluate`, `explain` and `export` find the images of its run. A subclass whose images
+        are found in another way returns other options, or sets this to None where they lie in no folder.
+        """
+        known = inspect.signature(FolderDataModule.__init__).parameters
+        return {name: value for name, value in self.hparams.items() if name in known}
+
     # ------------------------------------------------------------------------------------- the split of a run that goes on
 
     @property
@@ -336,10 +347,13 @@ class FolderDataModule(SplitDataModule):
         return "To train without such pictures: --data.on_error skip"
 
     def _decoded(self, split: Split) -> Decoded | None:
-        if self.decoded is None:
+        return self._decode(self.files(split)) if self.decoded is not None else None
+
+    def _decode(self, files: Sequence[Path]) -> Decoded | None:
+        if self.decoded is None or not files:
             return None
         workers = worker_count() if self.workers is None else self.workers
-        return keep_decoded([str(path) for path in self.files(split)], self.decoded, workers, self.input_spec.white)
+        return keep_decoded([str(path) for path in files], self.decoded, workers, self.input_spec.white)
 
     def _reusing(self, loader: DataLoader[dict[str, Any]], split: Split) -> DataLoader[dict[str, Any]] | ReuseLoader:
         fits = self.reuse is not None and self.trainer is not None and self.trainer.state.fn == "fit"

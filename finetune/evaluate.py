@@ -29,6 +29,7 @@ from finetune.run_files import RunFiles
 from finetune.run_split import trained_on
 from finetune.runs import run_of
 from finetune.scores import Interval, confused_pairs, confusion, ece, metrics, per_class, selective
+from finetune.trained import describe_trained
 
 THRESHOLDS = (0.5, 0.8, 0.9, 0.95, 0.99)
 _MOST_ROWS = 30  # of a table on the console
@@ -79,6 +80,7 @@ def evaluate(
     reading: dict[str, Any] = {"tta": tta, "batch_size": batch_size, "device": device}
     predictor = Predictor(model, temperature=temperature, **reading)
     trained = predictor.trained
+    print(describe_trained(trained))
     pictures = _pictures(predictor, folder, wanted)
     seen = 0 if folder is None else _count_trained_on(trained.path, pictures, workers)
     target = Path(out) if out else _place(trained.path, pictures)

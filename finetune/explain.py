@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from finetune.errors import ConfigError, DataError, did_you_mean
 from finetune.images import read_image
-from finetune.labelled import Labelled, data_of, pictures_in
+from finetune.labelled import Labelled, data_of, pictures_in, why_no_images
 from finetune.outcomes import Floats, Ints, read_outcome
 from finetune.predictor import Predictor
 from finetune.run_files import EXPLAINED
@@ -22,12 +22,14 @@ from finetune.runs import run_of
 from finetune.scores import worst_mistakes
 from finetune.staged import StagedModule
 from finetune.stages import require_stage
+from finetune.trained import describe_trained
 from finetune.walk import Pictures
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _PER_PAGE = 8
+_NEIGHBOURS = 4
 
 
 def grad_cam(module: StagedModule, images: Tensor, stage: str | None = None, labels: Tensor | None = None) -> Tensor:
@@ -138,7 +140,7 @@ def explain(
     out: str = "explained",
     stage: str | None = None,
     label: str | None = None,
-    neighbours: int = 4,
+    neighbours: int | None = None,
     among: str | None = None,
     most: int = 40,
     device: str = "auto",
@@ -153,7 +155,7 @@ def explain(
         out: The folder to write into.
         stage: The stage to look at; the last one with height and width if None.
         label: The class to speak for; the predicted one if None.
-        neighbours: How many training pictures to show beside each, 0 for none.
+        neighbours: How many training images to show beside each, 0 for none; 4 if None, or none where they cannot be read.
         among: A folder of labelled pictures to look for neighbours in; the run's training pictures if None.
         most: At most so many pictures.
         device: A torch device, or `auto`.
@@ -166,10 +168,11 @@ def explain(
         ConfigError: If the stage or class is unknown, or a page would be overwritten.
         DataError: If there is no picture.
     """
-    if neighbours < 0 or most < 1:
+    if (neighbours or 0) < 0 or most < 1:
         raise ConfigError(f"Expected --neighbours of at least 0 and --most of at least 1, found {neighbours} and {most}.")
     predictor = Predictor(model, device=device)
     module = predictor.trained.require_module()
+    print(describe_trained(predictor.trained))
     if stage is not None:
         require_stage(stage, [each.name for each in module.stages])
     true: dict[str, str] = {}
@@ -177,6 +180,11 @@ def explain(
         true = _mistakes(predictor, most)
         if not true:
             raise DataError(f"{predictor.trained.path} made no mistake on the pictures it was measured on.")
+    elif not pictures:
+        raise DataError(
+            "No images were named: give a folder or files, or --mistakes for the run's worst mistakes on the images that it "
+            "was measured on."
+        )
     files = list(true) if mistakes else Pictures(pictures).all()[:most]
     target = Path(out)
     pages = [files[at : at + _PER_PAGE] for at in range(0, len(files), _PER_PAGE)]
@@ -184,7 +192,7 @@ def explain(
     if not overwrite and (there := [path for path in places if path.exists()]):
         raise ConfigError(f"{there[0]} exists already and is not overwritten: give another --out, or --overwrite.")
     number = None if label is None else _number(label, predictor.classes)
-    alike = nearest(predictor, files, _among(predictor, among), neighbours) if neighbours else None
+    alike = _neighbours(predictor, files, among, neighbours)
     target.mkdir(parents=True, exist_ok=True)
     for index, (page, place) in enumerate(zip(pages, places, strict=True)):
         images = torch.stack([predictor.transform(read_image(file, predictor.trained.input_spec.white)) for file in page])
@@ -229,14 +237,27 @@ def _mistakes(predictor: Predictor, most: int) -> dict[str, str]:
     return {outcome.files[i]: outcome.classes[outcome.labels[i]] for i in worst_mistakes(outcome, most)}
 
 
+def _neighbours(predictor: Predictor, files: Sequence[str], among: str | None, number: int | None) -> Neighbours | None:
+    """Return the neighbours of images; without a number that was asked for, none where there is nothing to look among."""
+    if number == 0:
+        return None
+    try:
+        return nearest(predictor, files, _among(predictor, among), _NEIGHBOURS if number is None else number)
+    except DataError as error:
+        if number is not None or among is not None:
+            raise
+        print(f"note   Without neighbours. {error}")
+        return None
+
+
 def _among(predictor: Predictor, folder: str | None) -> Labelled:
     if folder is not None:
         return pictures_in(folder, predictor.classes)
     data = data_of(predictor.trained.path)
     if data is None:
         raise DataError(
-            f"The pictures that {predictor.trained.path} was trained on are not here: name a folder with --among, or leave "
-            "neighbours out with --neighbours 0."
+            f"{why_no_images(predictor.trained.path)}. Name a labelled folder to find neighbours in with --among, or leave "
+            "them out: --neighbours 0."
         )
     return Labelled(data.folder.root, "train", [str(path) for path in data.files("train")], data.labels("train"))
 

@@ -102,10 +102,13 @@ def _outcome(parts: list[tuple[Ints, Ints, Floats]], trainer: L.Trainer, module:
     """Return what was said of the pictures of a split, in order; None if some are repeated or missing."""
     index, labels, probabilities = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     order = np.argsort(index, kind="stable")
-    if not np.array_equal(index[order], np.arange(len(index))):
+    index = index[order]
+    if len(np.unique(index)) < len(index):
         return None
     files = getattr(getattr(trainer, "datamodule", None), "files", None)
     named = [os.path.abspath(path) for path in files(split)] if callable(files) else []
-    names = named if len(named) == len(index) else [str(number) for number in range(len(index))]
+    if not len(index) or (not named and not np.array_equal(index, np.arange(len(index)))):
+        return None
+    names = [named[number] for number in index] if named and index[-1] < len(named) else [str(number) for number in index]
     classes = tuple(module.class_names or (str(number) for number in range(probabilities.shape[1])))
     return Outcome(names, labels[order], probabilities[order], classes)

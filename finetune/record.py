@@ -72,6 +72,7 @@ class RunRecord(Callback):
         self.run, self.command = Path(run), list(command)
         self.content: dict[str, Any] = {}
         self._epoch: int | None = None  # the last that was trained to its end
+        self._trained: float | None = None  # seconds of training, once it has ended
 
     # ------------------------------------------------------------------------------------------------- hooks of Lightning
 
@@ -137,6 +138,7 @@ class RunRecord(Callback):
         """Begin the content, or go on where the record of an earlier process ended."""
         now = _now()
         self._before, self._began = float(before.get("seconds", 0.0)), time.monotonic()
+        self._trained = None
         resumed = [{"command": self.command, "started": now}] if before else []
         self.content = {
             "format": FORMAT,
@@ -170,8 +172,12 @@ class RunRecord(Callback):
             self.content["best"] = {"value": value, "epoch": epoch, "checkpoint": name}
 
     def _write(self, state: str) -> None:
-        seconds = round(self._before + time.monotonic() - self._began, 1)
-        self.content |= {"state": state, "updated": _now(), "seconds": seconds}
+        if self._trained is None:
+            now = round(self._before + time.monotonic() - self._began, 1)
+            self._trained = None if state == "running" else now  # a test afterwards is not training
+            self.content["seconds"] = now
+        self.content |= {"state": state, "updated": _now()}
+        self.run.mkdir(parents=True, exist_ok=True)  # the command has made it; a script may name one that is not there yet
         write_atomically(self.run / RECORD, json.dumps(checkpoints.plain(self.content), indent=1))
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from finetune import scores
+from finetune.durations import duration
 from finetune.figures import of_run
 from finetune.outcomes import Outcome
-from finetune.page import drawn, render, seconds, value_text, write_page
+from finetune.page import drawn, render, value_text, write_page
 from finetune.run_files import AUGMENTED, EXPLAINED, RunFiles, flat
 from finetune.runs import CHECKPOINTS, CONFIG, as_typed
 from finetune.thumbnails import data_uri, thumbnail
@@ -79,6 +80,7 @@ def content(files: RunFiles) -> dict[str, Any]:
         "facts": list(_facts(files)),
         "stages": list(_stages(files)),
         "phases": list(_phases(files)),
+        "target_shots": ((files.record.get("data") or {}).get("target") or {}).get("shots") or 0,
         "augmented": _picture(files, AUGMENTED),
         "explained": _picture(files, EXPLAINED),
         "figures": figures,
@@ -131,7 +133,7 @@ def _numbers(files: RunFiles) -> Iterator[dict[str, str]]:
     of = f"of {files.epochs_planned}" if files.epochs_planned else ""
     yield {"name": "epochs", "value": f"{files.epochs_done}", "note": of}
     if files.record.get("seconds"):
-        yield {"name": "time", "value": seconds(files.record["seconds"]), "note": str(files.record.get("hardware") or "")}
+        yield {"name": "time", "value": duration(files.record["seconds"]), "note": str(files.record.get("hardware") or "")}
 
 
 # ------------------------------------------------------------------------------------------------------ what was trained

@@ -18,8 +18,10 @@ from finetune import checkpoints, hardware
 from finetune.backbones import import_path, input_spec_of
 from finetune.calibration import stored_temperature
 from finetune.errors import CheckpointError, ConfigError
+from finetune.escaping import shown
 from finetune.module import FinetuneModule
-from finetune.runs import find_checkpoint
+from finetune.runs import CHECKPOINTS, as_typed, find_checkpoint, run_of
+from finetune.saving import LAST
 from finetune.transforms import InputSpec
 from finetune.trusted_code import guarding, require_trusted
 
@@ -28,6 +30,8 @@ ONNX_KEY = "resnet-finetune"
 
 TIMM_KEY = "resnet_finetune"
 """Under this name the same stands in `config.json` of an exported timm folder."""
+
+_MOST_NAMED = 10  # classes in a line on the console
 
 INSTALL_EXPORT = 'pip install "resnet-finetune[export]"'
 
@@ -151,6 +155,16 @@ def _load(path: Path, content: Mapping[str, Any]) -> FinetuneModule:
 def class_names(module: FinetuneModule) -> tuple[str, ...]:
     """Return the names of a module's classes, or their numbers if it does not know them."""
     return tuple(module.class_names or (str(index) for index in range(module.hparams["num_classes"])))
+
+
+def describe_trained(trained: Trained) -> str:
+    """Return the line that says which model a command took, and what it can name: `last` alone says neither."""
+    names, more = [shown(name) for name in trained.classes[:_MOST_NAMED]], len(trained.classes) - _MOST_NAMED
+    listed = ", ".join(names) + (f" and {more} more" if more > 0 else "")
+    run = run_of(trained.path)
+    best = run is not None and trained.path.name == LAST and (run / CHECKPOINTS / "best.ckpt").is_file()
+    other = f"; this is the last epoch, and {as_typed(run)} means the best" if run is not None and best else ""
+    return f"model  {shown(as_typed(trained.path))} ({len(trained.classes)} classes: {listed}{other})"
 
 
 def facts(trained: Trained) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from finetune import checkpoints, hardware, progress, slurm
 from finetune.averaging import kind_of_average, refuse_other_average
@@ -263,7 +263,6 @@ class FinetuneCLI(LightningCLI):
             self._tell_changes()
         if self.kept is not None:
             self.kept.tracking.config = flat_options(self.config[self.subcommand].as_dict(), self.model)
-        self._began = time.perf_counter()
         try:
             here = self.run_folder if self.trainer.is_global_zero else None
             with only_here(here), closing_if_it_fails(self.trainer.loggers):
@@ -295,7 +294,7 @@ class FinetuneCLI(LightningCLI):
             return
         with closing_if_it_fails(self.trainer.loggers):
             if self.kept.best is not None:
-                close_run(self.run_folder, self.trainer, self.kept.best, self.kept.epochs, time.perf_counter() - self._began)
+                close_run(self.run_folder, self.trainer, self.kept.best, self.kept.epochs)
             if self.trainer.is_global_zero:
                 conclude(self.trainer.loggers, self.run_folder, read_record(self.run_folder), self.trainer.global_step)
 
@@ -307,13 +306,24 @@ class FinetuneCLI(LightningCLI):
 
     def validate(self, **kwargs: Any) -> None:
         """Validate and print the metrics."""
+        self._require_loader("val_dataloader", "validation")
         self._tell_changes()
         say(metric_table(self.trainer.validate(**{**kwargs, "verbose": False})))
 
     def test(self, **kwargs: Any) -> None:
         """Test and print the metrics."""
+        self._require_loader("test_dataloader", "test")
         self._tell_changes()
         say(metric_table(self.trainer.test(**{**kwargs, "verbose": False})))
+
+    def _require_loader(self, name: str, purpose: str) -> None:
+        """Refuse to measure where the data module has nothing for it, which Lightning would answer with a traceback."""
+        if not is_overridden(name, self.datamodule, L.LightningDataModule):
+            kind = type(self.datamodule).__name__
+            raise ConfigError(
+                f"The data module {kind} defines no {name}, so there are no images for the {purpose}. Measure on a labelled "
+                f"folder: resnet-finetune evaluate {as_typed(self.resumes) if self.resumes else 'RUN'} FOLDER"
+            )
 
 
 def _with_checkpoint_io(plugins: Any) -> list[Any]:

@@ -106,7 +106,9 @@ def test_pages_have_a_row_per_picture(capsys):
     for number in range(6):
         shutil.copy("new/a.bmp", f"many/${number}.bmp")
     main(["explain", RUN, "many", "--among", "labelled", "--neighbours", "2", "--out", "pages"])
-    assert capsys.readouterr().out == "11 pictures: pages/explained-01.png, pages/explained-02.png\n"
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("model  runs/mine/1/checkpoints/best.ckpt (4 classes: bee,")
+    assert said[1:] == ["11 pictures: pages/explained-01.png, pages/explained-02.png"]
     with Image.open("pages/explained-01.png") as first, Image.open("pages/explained-02.png") as second:
         assert first.width == second.width
         assert first.height / second.height == pytest.approx(8 / 3, rel=0.01)
@@ -145,6 +147,6 @@ def test_mistakes_of_the_user():
     ):
         with pytest.raises(ConfigError, match=says):
             explain(RUN, PICTURES, **{"neighbours": 0, **options})
-    with pytest.raises(DataError, match="are not here: name a folder with --among"):
-        explain(RUN, PICTURES)
+    with pytest.raises(DataError, match=r"does not say which folder its images were in\. Name a labelled folder .* --among"):
+        explain(RUN, PICTURES, neighbours=4)
     assert not Path("explained").exists()
