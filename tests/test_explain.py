@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from finetune import ConfigError, DataError, FinetuneModule
-from finetune.explain import draw_mistakes, explain, grad_cam, nearest
+from finetune.explain import draw_mistakes, explain, nearest
+from finetune.grad_cam import grad_cam
 from finetune.labelled import pictures_in
 from finetune.main import main
 from finetune.outcomes import Outcome, write_outcome
