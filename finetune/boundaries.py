@@ -85,6 +85,10 @@ class Boundaries:
         ]
         try:
             self.forward_dummy()
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise ConfigError(
+                f"{type(self.backbone).__name__} does not take images of {self.size} x {self.size} pixels: {error}"
+            ) from error
         finally:
             for handle in handles:
                 handle.remove()

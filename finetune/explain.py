@@ -23,7 +23,6 @@ from finetune.stages import require_stage
 from finetune.trained import probabilities_of
 from finetune.walk import Pictures
 
-
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 

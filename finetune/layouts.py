@@ -78,8 +78,8 @@ class ActivationLayout:
         rows = max(1, round(math.sqrt(number * height / width)))
         if number % rows:
             raise ConfigError(
-                f"Expected the {number} tokens of an image of {height} x {width} pixels to form a grid of patches; they do not. "
-                "Look at another stage."
+                f"Expected the {number} tokens of an image of {height} x {width} pixels to form a grid of patches, which they "
+                "do not. Look at another stage."
             )
         return patches.reshape(*patches.shape[:2], rows, number // rows)
 
