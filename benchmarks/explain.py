@@ -43,7 +43,7 @@ efficientnet_cc_b0_4e resnet50_clip skresnet18 resnest14d resnet50_gn swin_tiny_
 swinv2_tiny_window8_256 vit_tiny_patch16_224 vit_small_patch14_dinov2 deit3_small_patch16_224 convnext_atto
 convnextv2_atto mobilenetv2_100 mobilenetv3_small_100 densenet121 regnetx_002 regnety_002 vgg11 vgg11_bn
 mambaout_femto test_maxvit tf_efficientnet_lite0
-""".split()
+"""
 PRETRAINED = {"resnet18": "bundled", "tf_efficientnet_lite0": "package"}
 HEAT = 2.0
 
@@ -195,7 +195,9 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description="Compare explain with predict, and its maps with known places.")
     parser.add_argument("photos", nargs="?", help="a folder {train,val}/<class>/ to plant objects from")
-    parser.add_argument("--families", nargs="*", default=FAMILIES, help="backbones (default: one or more of each family)")
+    parser.add_argument(
+        "--families", nargs="*", default=FAMILIES.split(), help="backbones (default: one or more of each family)"
+    )
     parser.add_argument(
         "--weights", nargs="*", default=[], metavar="BACKBONE=SOURCE", help="more backbones with pretrained weights"
     )

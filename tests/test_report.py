@@ -33,6 +33,14 @@ def test_the_report_of_a_whole_run(past_run, read_page):
     assert ["stem", "1,000", "0.001", "frozen", "trains"] in page.rows
 
 
+def test_warnings_of_the_training_stand_at_the_top(past_run, read_page):
+    run = past_run()
+    record = json.loads((run / "record.json").read_text())
+    (run / "record.json").write_text(json.dumps({**record, "warnings": ["the weights explode: <b>layer3</b> by 0.5 times"]}))
+    text = " ".join(read_page(write_report(run)).text)
+    assert "Warning: the weights explode: <b>layer3</b> by 0.5 times" in text
+
+
 def test_the_table_of_classes_equals_scikit_learn(past_run, read_page):
     run = past_run(pictures=200)
     found = read_outcome(run / "predictions.val.csv")
