@@ -89,8 +89,8 @@ def _why_below(trainer: L.Trainer) -> str:
     typed = rates_typed(content.get("command") or [])
     if typed:
         return (
-            f"{' '.join(typed)} lost that. Leave the rate to the recipe, or look for one with resnet-finetune lr-find; only where "
-            "no rate keeps it, the recipe linear_probe suits these pictures"
+            f"{' '.join(typed)} lost that. Leave the rate to the recipe, or look for one with resnet-finetune lr-find; only "
+            "where no rate keeps it, the recipe linear_probe suits these pictures"
         )
     if content.get("warnings"):
         return "training lost that, see the warnings above"

@@ -1,5 +1,6 @@
 """The report, read with the standard library's parser: whole, self-contained, right, and safe whatever things are called."""
 
+import json
 import re
 import sys
 from pathlib import Path
