@@ -217,7 +217,7 @@ def main() -> None:
                 rows.append(family(name, files))
             except FinetuneError as error:
                 failed.append(f"{name}: {error}")
-            print(".", end="", flush=True, file=sys.stderr)
+            print((rows or failed)[-1], flush=True, file=sys.stderr)
     print(tabulate(rows, ["backbone", "explained at", "as timm says", "class as predict", "apart", "hot places"]))
     print(*failed, sep="\n")
     if options.photos:

@@ -28,10 +28,10 @@ TOO_FAR = 0.1
 """An update of this share of the norm of the weights is a hundred times the usual one: what was pretrained is lost soon."""
 ROUGH = 0.01
 """An update of this share is rough, and as much as a rate that is suggested may lead to."""
-HEAD_TOO_FAR = 2.0
-"""A new head starts small, or at zero, and may move by its own norm at first; this many times its norm is too far at once."""
-HEAD_STEPS = 16
-"""After so many steps of a phase the limit of the other stages is that of the head, too."""
+NEW_TOO_FAR = 2.0
+"""What starts from random values or zero has nothing to lose and may move by its own norm at first; this is too far at once."""
+NEW_STEPS = 16
+"""After so many steps of a phase its limit is that of all others."""
 LOSS_TOO_HIGH = 3.0
 """A training loss of this many times that of guessing has diverged."""
 LASTING = 3
@@ -57,10 +57,12 @@ class FlowWarnings:
         scaled: Whether the loss is scaled (16-bit mixed precision), so that a step with infinite gradients now and then is part
             of finding the scale.
         lr: The learning rate that the user sets (`model.lr`), for a suggestion of another; none is made if None.
+        new: The stages that start from random values or zero.
     """
 
-    def __init__(self, scaled: bool = False, lr: float | None = None) -> None:
+    def __init__(self, scaled: bool = False, lr: float | None = None, new: Collection[str] = (HEAD,)) -> None:
         self._scaled = scaled
+        self._new_stages = frozenset(new)
         self._lr = lr
         self._suggested = math.inf
         self._told: set[tuple[str, str]] = set()
@@ -87,8 +89,8 @@ class FlowWarnings:
             small = {s: share for s, share in ratio.items() if share < VANISHING and ("rests", s) not in self._told}
             large = {stage: share for stage, share in ratio.items() if share > EXPLODING}
             said += [self._vanishing(step, small, trained, nearest), self._exploding(step, large, trained, nearest)]
-        settled = (step if since is None else since) >= HEAD_STEPS
-        limits = {stage: HEAD_TOO_FAR if stage == HEAD and not settled else TOO_FAR for stage in trained}
+        settled = (step if since is None else since) >= NEW_STEPS
+        limits = {stage: NEW_TOO_FAR if stage in self._new_stages and not settled else TOO_FAR for stage in trained}
         far = {s: flow.update_ratio for s, flow in trained.items() if flow.update_ratio and flow.update_ratio > limits[s]}
         return [text for text in (*said, self._too_far(step, far, rates or {})) if text]
 

@@ -78,7 +78,7 @@ class GradientFlow(Callback):
         if not self._active or not isinstance(pl_module, FinetuneModule):
             return
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        self._warnings = FlowWarnings(scaled, lr=pl_module.hparams.get("lr"))
+        self._warnings = FlowWarnings(scaled, pl_module.hparams.get("lr"), {HEAD, *pl_module.weights_report.untrained})
         named = dict(pl_module.named_parameters())
         members = pl_module.stage_parameters()
         self._members = {stage: {name: named[name] for name in names} for stage, names in members.items()}

@@ -51,7 +51,9 @@ def test_the_rate_is_named_and_what_to_type():
     assert "lower --model.lr" in FlowWarnings().judge(0, flows, rates)[0]  # the rate is not known
 
 
-def test_a_new_head_may_move_by_its_own_norm_at_first():
+def test_what_starts_from_random_values_may_move_by_its_own_norm_at_first():
+    warnings = FlowWarnings(lr=1e-3, new={"stem", "head"})
+    assert not warnings.judge(0, {"stem": flow(update_ratio=0.5), "head": flow()})
     warnings = FlowWarnings(lr=1e-3)
     for step, ratio in enumerate([None, 1.0, 0.5, 0.33, 0.25]):  # from zero, with Adam
         assert not warnings.judge(step, {"stem": flow(), "head": flow(update_ratio=ratio)})

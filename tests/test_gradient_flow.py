@@ -330,9 +330,10 @@ def test_a_stage_that_the_optimizer_does_not_have(tmp_path, capsys):
     assert set(values(tmp_path, "update_ratio")["stem"]) == {0.0}
 
 
+@pytest.mark.usefixtures("bundled")
 def test_a_rate_that_is_too_large_is_named_and_kept_for_the_report(tmp_path, capsys):
     record = RunRecord(tmp_path)
-    options = {"optimizer": "adamw", "lr": 0.02, "lr_scale": 10.0}
+    options = {"weights": "bundled", "optimizer": "adamw", "lr": 0.02, "lr_scale": 10.0}
     trainer(tmp_path, None, callbacks=[record, GradientFlow(tmp_path)]).fit(module(**options), loader())
     told = warned(capsys)
     assert any("(learning rate 0.2) their own norm" in line and "start again with --model.lr " in line for line in told)

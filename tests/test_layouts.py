@@ -2,9 +2,11 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
 from torch import nn
 
 from finetune import ConfigError, FinetuneModule
@@ -12,6 +14,7 @@ from finetune.backbones import create_model
 from finetune.boundaries import Boundaries, describe
 from finetune.explain import see
 from finetune.grad_cam import class_map, grad_cam, look
+from finetune.head_start import ridge
 from finetune.layouts import ActivationLayout, Probe, layout_from_probe, layout_from_shape
 from finetune.predictor import Predictor
 from finetune.stages import split_head
@@ -159,6 +162,30 @@ def test_where_the_class_token_alone_is_read_the_block_before_shows_the_patches(
         grad_cam(model, images, "blocks.5")
     relative = FinetuneModule("test_vit_relpos", num_classes=2, weights="none").eval()  # which averages the patches
     assert look(relative, images).stage == "blocks.8"
+
+
+def pasted(quadrant, number, side=128):
+    """Return a noisy image with a digit of 48 pixels in a quadrant, or with none."""
+    noise = np.random.default_rng(number).integers(90, 150, (side, side))
+    if quadrant is not None:
+        top, left = (8 + side // 2 * (quadrant // 2), 8 + side // 2 * (quadrant % 2))
+        noise[top : top + 48, left : left + 48] = np.kron(load_digits().images[number] * 15, np.ones((6, 6)))
+    return torch.from_numpy(noise.astype(np.uint8)).expand(3, side, side)
+
+
+def test_the_map_of_an_object_is_highest_where_it_was_pasted():
+    model = FinetuneModule("resnet18", num_classes=2, weights="bundled").eval()
+    images = torch.stack([pasted(number // 2 % 4 if number % 2 else None, number) for number in range(32)])
+    with torch.no_grad():
+        features = model.features(images).double().numpy()
+        solution = ridge(features, np.arange(32) % 2, 2)  # whether there is a digit
+        model.head.weight.copy_(torch.from_numpy(solution.weight))
+        model.head.bias.copy_(torch.from_numpy(solution.bias))
+    quadrants = [number % 4 for number in range(8)]
+    found = look(model, torch.stack([pasted(quadrant, 100 + number) for number, quadrant in enumerate(quadrants)]))
+    assert found.logits.argmax(1).tolist() == [1] * 8
+    peaks = [divmod(int(heat.argmax()), 128) for heat in found.maps]
+    assert [row // 64 * 2 + column // 64 for row, column in peaks] == quadrants
 
 
 # ---------------------------------------------------------------------------------------------------- networks of one's own
