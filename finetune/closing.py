@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def close_run(run: Path, trainer: L.Trainer, best: ModelCheckpoint, epochs: Best
         say(f"\nbest   {best.monitor} {float(score):.4f} in epoch {epoch} ({as_typed(chosen)})")
         floor = getattr(module, "start_accuracy", None)
         if best.monitor == "val/acc" and floor is not None and floor - float(score) > 1e-6:
-            say(f"note   The head alone had val/acc {floor:.4f} before training: the recipe linear_probe suits these pictures.")
+            say(f"note   The head alone had val/acc {floor:.4f} before training: {_why_below(trainer)}.")
     if epochs is not None and score is not None:
         _compare_soup(trainer, epochs, chosen, float(score))
     _say_time(run)
@@ -87,6 +88,36 @@ def _say_time(run: Path) -> None:
     record = read_record(run)
     if record.get("seconds") is not None:
         print(f"time   {duration(record['seconds'])} for training{' in all' if record.get('resumed') else ''}")
+
+
+_RATES = re.compile(r"--model\.(init_args\.)?(lr|lr_scale|lr_decay|lr_rule|optimizer)(=|$)")
+
+
+def _why_below(trainer: L.Trainer) -> str:
+    """Say why training may have ended below where it started: the recipe is at fault only if nothing else was."""
+    content = next((each.content for each in trainer.callbacks if isinstance(each, RunRecord)), {})  # type: ignore[attr-defined]
+    typed = rates_typed(content.get("command") or [])
+    if typed:
+        return (
+            f"{' '.join(typed)} lost that. Leave the rate to the recipe, or look for one with resnet-finetune lr-find; only "
+            "where no rate keeps it, the recipe linear_probe suits these pictures"
+        )
+    if content.get("warnings"):
+        return "training lost that, see the warnings above"
+    return "the recipe linear_probe suits these pictures"
+
+
+def rates_typed(command: Sequence[str]) -> list[str]:
+    """Return the arguments of a command that set learning rates or the optimizer.
+
+    >>> rates_typed(["fit", "--config", "small", "--model.lr", "0.02", "--model.lr_scale=5", "--model.dropout", "0.1"])
+    ['--model.lr 0.02', '--model.lr_scale=5']
+    """
+    found = []
+    for place, argument in enumerate(command):
+        if match := _RATES.match(argument):
+            found.append(argument if match[3] else " ".join(command[place : place + 2]))
+    return found
 
 
 def _compare_soup(trainer: L.Trainer, epochs: BestEpochs, best: Path, score: float) -> None:

@@ -207,6 +207,12 @@ class FinetuneModule(StagedModule):
         """
         return self.objective.loss(logits, labels) if self.training else F.cross_entropy(logits, labels)
 
+    @property
+    def has_cross_entropy(self) -> bool:
+        """Whether the training loss is of the size of a cross-entropy, so that guessing has ln(num_classes)."""
+        mine = ("loss", "_step", "training_step")
+        return self.classifies and all(getattr(type(self), name) is getattr(FinetuneModule, name) for name in mine)
+
     def param_groups(self) -> list[dict[str, Any]]:
         """Return the optimizer groups, one per stage and kind of weight decay, each with its own rate in it."""
         rule = self.hparams["lr_rule"]

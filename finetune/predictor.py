@@ -113,6 +113,14 @@ class Predictor:
         files = [os.fspath(each) if isinstance(each, str | os.PathLike) else "" for each in several]
         return [self.top(Answer(file, row, ""), topk) for file, row in zip(files, self.probabilities(several), strict=True)]
 
+    def inputs(self, pictures: Picture | Sequence[Picture]) -> Tensor:
+        """Return images as the network gets them, uint8 (N, 3, size, size); for the pictures see `__call__`.
+
+        These are resized and cropped: what is given back to the predictor would be so twice.
+        """
+        white = self.trained.input_spec.white
+        return torch.stack([self.transform(_read(each, white)) for each in _as_list(pictures)])
+
     def probabilities(self, pictures: Picture | Sequence[Picture]) -> Values:
         """Return the probabilities of all classes, (N, C); for the pictures see `__call__`."""
         return self._in_batches(pictures, self._probabilities, len(self.classes))
@@ -156,14 +164,7 @@ class Predictor:
 
     def _in_batches(self, pictures: Picture | Sequence[Picture], compute: Callable[[Tensor], Values], width: int) -> Values:
         several = _as_list(pictures)
-        found = [
-            compute(
-                torch.stack(
-                    [self.transform(_read(each, self.trained.input_spec.white)) for each in several[at : at + self.batch_size]]
-                )
-            )
-            for at in range(0, len(several), self.batch_size)
-        ]
+        found = [compute(self.inputs(several[at : at + self.batch_size])) for at in range(0, len(several), self.batch_size)]
         return np.concatenate(found) if found else np.zeros((0, width), np.float32)
 
     @torch.inference_mode()

@@ -13,6 +13,7 @@ It is written when training starts, after every epoch and at the end, whole or n
     phases      per freezing phase: start, end (the epoch before which it ends), train, norms
     monitor, mode, best   the metric that chooses the best checkpoint, and its value, epoch and checkpoint (average_of: how many
                 epochs it is the average of, the best of which is named)
+    warnings    what was printed about gradients, updates and the loss
     test        the metrics of the best checkpoint on the test split
 
 Epochs are counted from 0, as in `metrics.csv`. What is not known is null, or an empty list.
@@ -132,6 +133,11 @@ class RunRecord(Callback):
             self.content["best"] |= {"value": value, "average_of": epochs}
             self._write(self.content["state"])
 
+    def note_warning(self, trainer: L.Trainer, text: str) -> None:
+        """Add a warning about the training, for the report; the file has it when the next epoch begins."""
+        if trainer.is_global_zero and self.content and text not in self.content["warnings"]:
+            self.content["warnings"].append(text)
+
     # -------------------------------------------------------------------------------------------------------- private
 
     def _start(self, before: dict[str, Any]) -> None:
@@ -145,6 +151,7 @@ class RunRecord(Callback):
             "state": "running",
             "command": before.get("command", self.command),
             "resumed": [*before.get("resumed", []), *resumed],
+            "warnings": list(before.get("warnings") or []),
             "started": before.get("started", now),
             "version": __version__,
             "versions": library_versions(),

@@ -76,6 +76,7 @@ def content(files: RunFiles) -> dict[str, Any]:
         "headline": _headline(files),
         "lead": _lead(files),
         "error": files.record.get("error"),
+        "warnings": [str(text) for text in files.record.get("warnings") or []],
         "numbers": list(_numbers(files)),
         "facts": list(_facts(files)),
         "stages": list(_stages(files)),

@@ -120,6 +120,11 @@ def open_trained(model: str | os.PathLike[str], device: str = "auto", temperatur
     return _open_checkpoint(find_checkpoint(os.fspath(model), Path("runs")), _device(device), temperature)
 
 
+def probabilities_of(logits: Tensor, temperature: float) -> Tensor:
+    """Return the probabilities (N, C) that logits (N, C) stand for."""
+    return (logits.float() / temperature).softmax(1)
+
+
 def load_model(checkpoint: str | os.PathLike[str]) -> FinetuneModule:
     """Load the module of a checkpoint, ready for prediction, without running pickled code and without the network.
 
@@ -184,8 +189,7 @@ def _open_checkpoint(path: Path, device: torch.device, temperature: float | None
     heat = stored_temperature(path, int(content["global_step"])) if temperature is None else temperature
 
     def probabilities(images: Tensor) -> Tensor:
-        logits: Tensor = module(images.to(device))
-        return (logits.float() / heat).softmax(1)
+        return probabilities_of(module(images.to(device)), heat)
 
     def features(images: Tensor) -> Tensor:
         found: Tensor = module.features(images.to(device))
@@ -239,7 +243,7 @@ def _open_timm(path: Path, device: torch.device, temperature: float | None) -> T
         return found.flatten(1)
 
     network: nn.Module = model.to(memory_format=torch.channels_last)
-    return Trained(path, tuple(names), spec, heat, lambda images: (network(normalise(images)) / heat).softmax(1), features)
+    return Trained(path, tuple(names), spec, heat, lambda images: probabilities_of(network(normalise(images)), heat), features)
 
 
 def _own_facts(text: str | None, path: Path) -> dict[str, Any]:

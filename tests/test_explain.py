@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from finetune import ConfigError, DataError, FinetuneModule
-from finetune.explain import draw_mistakes, explain, grad_cam, nearest
+from finetune.explain import _draw, _Row, draw_mistakes, explain, nearest, see
+from finetune.grad_cam import grad_cam
 from finetune.labelled import pictures_in
 from finetune.main import main
 from finetune.outcomes import Outcome, write_outcome
@@ -136,6 +137,33 @@ def test_the_worst_mistakes_of_a_run():
     assert draw_mistakes(Path(RUN)) is None
     with pytest.raises(DataError, match="made no mistake"):
         explain(RUN, mistakes=True, neighbours=0, out="third")
+
+
+@pytest.mark.usefixtures("labelled")
+def test_a_page_says_what_predict_says_and_shows_what_the_network_saw(capsys):
+    predictor, said = Predictor(RUN), Predictor(RUN)(PICTURES)
+    known = {PICTURES[0]: _Row("bee", said[0].labels[0]), PICTURES[1]: _Row("bee", "fly")}
+    figure = _draw(predictor, see(predictor, PICTURES), None, 0, known, "wasp")
+    titles = [axis.get_title() for axis in figure.axes[1::2]]
+    assert [title.splitlines()[0] for title in titles] == [f"{each.labels[0]} {each.probabilities[0]:.0%}" for each in said]
+    assert titles[0].splitlines()[1] == "is bee"
+    assert ("(was fly)" in titles[1]) == (said[1].labels[0] != "fly")
+    assert all(("map: wasp" in title) == (each.labels[0] != "wasp") for title, each in zip(titles, said, strict=True))
+    for axis, image in zip(figure.axes[::2], images_of(predictor), strict=True):
+        assert np.array_equal(axis.images[0].get_array(), image.permute(1, 2, 0).numpy())
+
+
+@pytest.mark.usefixtures("labelled")
+def test_a_table_of_another_checkpoint_is_noted(capsys):
+    other = [CLASSES.index(each.labels[0]) for each in Predictor(RUN)(PICTURES)]
+    wrong = np.eye(4)[[(number + 1) % 4 for number in other]] * 0.8 + 0.05
+    write_outcome(Outcome(PICTURES, np.array([(n + 2) % 4 for n in other]), wrong, CLASSES), Path(RUN, "predictions.val.csv"))
+    explain(RUN, mistakes=True, neighbours=0)
+    assert "note: for 3 of the 3 images the model says something else" in capsys.readouterr().out
+    right = np.eye(4)[other] * 0.8 + 0.05
+    write_outcome(Outcome(PICTURES, np.array([(n + 2) % 4 for n in other]), right, CLASSES), Path(RUN, "predictions.val.csv"))
+    explain(RUN, mistakes=True, neighbours=0, overwrite=True)
+    assert "note" not in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("labelled")
