@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from finetune.outcomes import Floats, Ints, Outcome, write_outcome
+from finetune.validation import fresh_metrics
 
 
 class KeepOutcomes(Callback):
@@ -65,7 +66,9 @@ class KeepOutcomes(Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the table if the checkpoint that is about to be saved is the best so far; that callback comes after this."""
-        score = trainer.callback_metrics.get(self.best.monitor or "")
+        score = fresh_metrics(trainer).get(self.best.monitor or "")
+        if score is None and (self.best.monitor in trainer.callback_metrics):
+            return  # it is of an older validation
         before = self.best.best_model_score
         better = before is None or score is None or bool(score > before if self.best.mode == "max" else score < before)
         if better:

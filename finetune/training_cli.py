@@ -18,6 +18,7 @@ from finetune.averaging import kind_of_average, refuse_other_average
 from finetune.closing import close_run, metric_table, say
 from finetune.defaults import RunOptions
 from finetune.errors import CheckpointError, ConfigError, FinetuneError
+from finetune.launchers import settle_processes
 from finetune.module import FinetuneModule
 from finetune.parser import instantiate
 from finetune.record import read_record
@@ -201,6 +202,8 @@ class FinetuneCLI(LightningCLI):
             refuse_other_average(self.average, options)
         parse_names(options.track)  # before there is a folder
         self._warn_of_emulation(config["precision"])
+        if settled := settle_processes(config):
+            say(settled)
         config["strategy"] = choose_strategy(config["strategy"], self.model, processes_of(config))
         if config["enable_progress_bar"] is None:
             config["enable_progress_bar"] = progress.wanted()
