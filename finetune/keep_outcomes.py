@@ -102,13 +102,25 @@ class KeepOutcomes(Callback):
 
 
 def _outcome(parts: list[tuple[Ints, Ints, Floats]], trainer: L.Trainer, module: Any, split: str) -> Outcome | None:
-    """Return what was said of the pictures of a split, in order; None if some are repeated or missing."""
+    """Return what was said of the pictures of a split, in order; None if some are repeated, or missing without a limit.
+
+    Of a limited evaluation only those are named that were measured.
+    """
     index, labels, probabilities = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     order = np.argsort(index, kind="stable")
-    if not np.array_equal(index[order], np.arange(len(index))):
-        return None
-    files = getattr(getattr(trainer, "datamodule", None), "files", None)
+    data: Any = getattr(trainer, "datamodule", None)
+    files = getattr(data, "measured_files", None) or getattr(data, "files", None)
     named = [os.path.abspath(path) for path in files(split)] if callable(files) else []
-    names = named if len(named) == len(index) else [str(number) for number in range(len(index))]
+    index = index[order]
+    whole = np.array_equal(index, np.arange(len(index)))
+    if not whole and (len(np.unique(index)) < len(index) or not _is_part(trainer, index, len(named))):
+        return None
+    names = [named[number] for number in index] if len(index) and index[-1] < len(named) else [str(number) for number in index]
     classes = tuple(module.class_names or (str(number) for number in range(probabilities.shape[1])))
     return Outcome(names, labels[order], probabilities[order], classes)
+
+
+def _is_part(trainer: L.Trainer, index: Ints, number: int) -> bool:
+    """Say whether some of the pictures were measured because the trainer limits the batches."""
+    limit = trainer.limit_test_batches if trainer.state.fn == "test" or trainer.testing else trainer.limit_val_batches
+    return (isinstance(limit, int) or limit < 1) and bool((index < number).all())

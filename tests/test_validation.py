@@ -73,6 +73,8 @@ def test_patience_counts_validations(capsys):
         "2",
         "--model.lr",
         "1e-12",
+        "--model.bn",
+        "frozen",
         "--trainer.max_epochs",
         "20",
     ]
