@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 
 from finetune.errors import CheckpointError
+from finetune.files import write_atomically
 from finetune.outcomes import Floats, Outcome
-from finetune.whole import write_whole
 
 _LIMIT = 20.0  # where few pictures are all right, or all wrong, the best temperature would be 0 or infinite
 
@@ -63,7 +64,7 @@ def store_temperature(checkpoint: Path, temperature: float, step: int, details: 
         details: What else is worth knowing.
     """
     path = calibration_file(checkpoint)
-    write_whole(path, json.dumps({"temperature": temperature, "step": step, **details}, indent=2) + "\n")
+    write_atomically(path, json.dumps({"temperature": temperature, "step": step, **details}, indent=2) + "\n")
     return path
 
 
@@ -83,7 +84,7 @@ def stored_temperature(checkpoint: Path, step: int | None = None) -> float:
     try:
         content = json.loads(path.read_text())
         temperature = float(content["temperature"])
-        if not temperature > 0:
+        if not 0 < temperature < math.inf:
             raise ValueError(f"temperature {temperature}")
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(

@@ -18,6 +18,7 @@ from finetune.averaging import kind_of_average, refuse_other_average
 from finetune.closing import close_run, metric_table, say
 from finetune.defaults import RunOptions
 from finetune.errors import CheckpointError, ConfigError, FinetuneError
+from finetune.finite import require_finite
 from finetune.launchers import settle_processes
 from finetune.module import FinetuneModule
 from finetune.parser import instantiate
@@ -152,6 +153,7 @@ class FinetuneCLI(LightningCLI):
                 f"{checkpoint} holds weights, but no state of a training ({', '.join(lacking)}). Start from its weights: "
                 f"--model.weights {checkpoint}"
             )
+        require_finite(inside["state_dict"], as_typed(checkpoint))
         self.done_steps, done = int(inside["global_step"]), progress_of(inside)[0]
         self.average = kind_of_average(inside)
         self.stored = {key: inside.get(key) for key in ("hyper_parameters", "datamodule_hyper_parameters", checkpoints.KEY)}
