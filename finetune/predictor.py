@@ -172,8 +172,8 @@ class Predictor:
         odd = np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(1))
         if len(odd):
             raise CheckpointError(
-                f"{self.trained.path} computes NaN or infinity for {names[odd[0]]}, so it says nothing of the image. Its weights "
-                "are damaged, or too large for the kind of number that it computes in."
+                f"{self.trained.path} computes NaN or infinity for {names[odd[0]]}, so it says nothing of the image. Its "
+                "weights are damaged, or too large for the kind of number that it computes in."
             )
         return values
 
