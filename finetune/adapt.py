@@ -60,7 +60,7 @@ class AdaptModule(FinetuneModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a batch of both domains."""
-        images, targets = self.labelled(_part(batch, "source"))
+        images, targets = self.images_and_labels(_part(batch, "source"))
         labels = classes_of(targets)
         images = cast(Tensor, images)
         others, known = self._target(batch, images)
@@ -135,6 +135,7 @@ class AdaptModule(FinetuneModule):
 
     def _watch(self, batch: Any) -> dict[str, Any]:
         images, labels = self.unpack(batch[TARGET])
+        labels = classes_of(labels)
         logits: Tensor = self(images)
         place = torch.arange(len(labels))
         index = batch[TARGET].get("index", place) if isinstance(batch[TARGET], Mapping) else place

@@ -157,7 +157,7 @@ def _batches(
     rows = frozen_rows(trainer, loader, line, 0, reuse, split) if line and reuse else None
     if rows is None or line is None:
         for batch in tqdm(DataLoader(Subset(loader.dataset, chosen), loader.batch_size, num_workers=loader.num_workers), **bar):
-            images, labels = module.labelled(batch)
+            images, labels = module.images_and_labels(batch)
             yield cast(Tensor, images).to(module.device), classes_of(labels)
         return
     labels = torch.tensor([picture.label for picture in loader.dataset.pictures])

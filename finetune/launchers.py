@@ -41,16 +41,13 @@ class Launch(NamedTuple):
         return self.processes // self.nodes
 
 
-def find_launch(environment: Mapping[str, str] | None = None) -> Launch | None:
+def find_launch() -> Launch | None:
     """Return what a launcher has started, of which this process is one; None if no launcher did.
-
-    Args:
-        environment: The environment variables; those of this process if None.
 
     Raises:
         ConfigError: If the processes would not find each other.
     """
-    env = os.environ if environment is None else environment
+    env = os.environ
     if torch.distributed.is_available() and "TORCHELASTIC_RUN_ID" in env:
         return _launch("torchrun", env, "WORLD_SIZE", per_node="LOCAL_WORLD_SIZE")
     if "SLURM_NTASKS" in env or "SLURM_STEP_NUM_TASKS" in env:

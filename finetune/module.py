@@ -236,7 +236,7 @@ class FinetuneModule(StagedModule):
         found = f"a mapping with {sorted(batch)}" if isinstance(batch, Mapping) else type(batch).__name__
         raise DataError(f"Expected a batch with 'image' and 'label', or a pair (images, labels); found {found}.")
 
-    def labelled(self, batch: Any) -> tuple[Tensor | Kept, Tensor]:
+    def images_and_labels(self, batch: Any) -> tuple[Tensor | Kept, Tensor]:
         """Return pictures and labels of a batch: class indices (N,), or distributions (N, num_classes); see `labels.labels_of`.
 
         Raises:
@@ -249,7 +249,7 @@ class FinetuneModule(StagedModule):
         return images, labels_of(labels, number, self.hparams["num_classes"], check_values=check)
 
     def _step(self, batch: Any, split: str) -> dict[str, Tensor]:
-        images, labels = self.labelled(batch)
+        images, labels = self.images_and_labels(batch)
         targets = labels
         if split == "train":
             images, targets = self.objective.mix(
