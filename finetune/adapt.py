@@ -20,6 +20,7 @@ from finetune import batch_statistics, checkpoints
 from finetune.adaptation import Adaptation, DomainBatch, describe
 from finetune.adaptation_methods import create
 from finetune.errors import ConfigError, DataError
+from finetune.labels import classes_of, joined
 from finetune.module import FinetuneModule
 from finetune.pairs import KNOWN, TARGET
 from finetune.target import ORACLE, UNKNOWN
@@ -59,13 +60,14 @@ class AdaptModule(FinetuneModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a batch of both domains."""
-        images, labels = self.unpack(_part(batch, "source"))
+        images, targets = self.images_and_labels(_part(batch, "source"))
+        labels = classes_of(targets)
         images = cast(Tensor, images)
         others, known = self._target(batch, images)
         features = self._features(images, others)
         logits = [self.head(self.dropout(each)) for each in features]
         labelled = known != UNKNOWN
-        loss = self.loss(torch.cat([logits[0], logits[1][labelled]]), torch.cat([labels, known[labelled]]))
+        loss = self.loss(torch.cat([logits[0], logits[1][labelled]]), joined(targets, known[labelled]))
         self._metrics_of("train").update(logits[0].detach(), labels)
         self._log_mean("train/cls_loss", loss.detach(), len(labels))
         loss = loss + self.objective.pull(self)
@@ -133,6 +135,7 @@ class AdaptModule(FinetuneModule):
 
     def _watch(self, batch: Any) -> dict[str, Any]:
         images, labels = self.unpack(batch[TARGET])
+        labels = classes_of(labels)
         logits: Tensor = self(images)
         place = torch.arange(len(labels))
         index = batch[TARGET].get("index", place) if isinstance(batch[TARGET], Mapping) else place

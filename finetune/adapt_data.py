@@ -167,6 +167,11 @@ class AdaptDataModule(FolderDataModule):
         return [self.target.root / picture.file for picture in self.target.splits[self.watched]]
 
     @property
+    def _overfits(self) -> bool:
+        """Never: validation is of images of its own, also with `overfit_batches`."""
+        return False
+
+    @property
     def steps(self) -> int:
         """Training batches of an epoch, in each of several processes."""
         if self.steps_per_epoch is not None:

@@ -30,7 +30,7 @@ from finetune.folders import PictureFolder, Split, scan, summary
 from finetune.hardware import worker_count
 from finetune.images import FULL
 from finetune.left_out import SKIP, leaving_out, look_before_training, tell_left_out, write_left_out
-from finetune.loading import EvalSampler, PictureDataset, Sampling, TrainSampler, even_batch_size
+from finetune.loading import EvalSampler, PictureDataset, Sampling, TrainSampler, even_batch_size, stratified_order
 from finetune.randomness import global_seed, seed_of
 from finetune.reuse import Reuse, ReuseLoader, ReuseType
 from finetune.run_split import RunSplit
@@ -221,6 +221,13 @@ class FolderDataModule(SplitDataModule):
         """Return the pictures of a split; `index` in a batch is the position here."""
         return [self.folder.root / picture.file for picture in self.folder.splits[split]]
 
+    def measured_files(self, split: Split) -> list[Path]:
+        """Return the pictures that `index` in a batch of an evaluation means.
+
+        They are those of the split; in a validation with `overfit_batches`, those of the training split.
+        """
+        return self.files("train" if split == "val" and self._overfits else split)
+
     def labels(self, split: Split) -> list[int]:
         """Return the labels of a split, in the order of `files`."""
         return [picture.label for picture in self.folder.splits[split]]
@@ -327,7 +334,7 @@ class FolderDataModule(SplitDataModule):
             self.folder.root, pictures, transform, random, self._decoded("train"), self._advice, self.input_spec.white
         )
         if trainer and trainer.overfit_batches:
-            return self._loader(dataset, self.batch_size)
+            return self._overfit_loader(dataset)
         position = self.position if trainer else None
         labels = torch.tensor(self.labels("train")) if self.sampling == "balanced" else None
         sampler = TrainSampler(dataset, self.batch_size, seed, position, *self.ranks(), labels=labels)
@@ -335,8 +342,14 @@ class FolderDataModule(SplitDataModule):
         return self._reusing(loader, "train")
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]] | ReuseLoader | list[Any]:
-        """Return the validation batches in the order of `files`; an empty list if there are no pictures to validate with."""
+        """Return the validation batches in the order of `files`; an empty list if there are no pictures to validate with.
+
+        With `overfit_batches` they are the images that are trained on, see `measured_files`.
+        """
         self._require("val")
+        if self._overfits and self.folder.splits["val"]:
+            pictures, transform = self.folder.splits["train"], eval_transform(self.input_spec)
+            return self._overfit_loader(PictureDataset(self.folder.root, pictures, transform, None, self._decoded("train")))
         return self._reusing(self.eval_loader("val"), "val") if self.folder.splits["val"] else []
 
     @property
@@ -375,7 +388,8 @@ class FolderDataModule(SplitDataModule):
     def eval_loader(self, split: Split) -> DataLoader[dict[str, Any]]:
         """Return the pictures of a split once each, in the order of `files` and without augmentation.
 
-        Several processes share them.
+        Several processes share them. Where the trainer limits the batches, the order is one of which each beginning holds all
+        classes in their shares, the same in every epoch and run.
 
         Raises:
             DataError: If there are fewer pictures than processes.
@@ -403,15 +417,17 @@ class FolderDataModule(SplitDataModule):
 
     def _in_order(self, dataset: PictureDataset, name: str) -> DataLoader[dict[str, Any]]:
         world, rank = self.ranks()
+        order = self._fair_order(dataset) if _is_limited(self.trainer) else None
         if world == 1:
-            return self._loader(dataset, self.eval_batch_size)
+            sampler = None if order is None else EvalSampler(dataset, 1, 0, order)
+            return self._loader(dataset, self.eval_batch_size, sampler)
         if len(dataset) < world:
             raise DataError(
                 f"The {name} has {len(dataset)} pictures, expected at least one for each of the {world} processes. Add "
                 "pictures or use fewer devices."
             )
         return self._loader(
-            dataset, even_batch_size(len(dataset), world, self.eval_batch_size), EvalSampler(dataset, world, rank)
+            dataset, even_batch_size(len(dataset), world, self.eval_batch_size), EvalSampler(dataset, world, rank, order)
         )
 
     def _white(self) -> int:
@@ -422,6 +438,19 @@ class FolderDataModule(SplitDataModule):
         if (text := depth_text(depth, self.scale)) and (self.trainer is None or self.trainer.is_global_zero):
             print(text)
         return depth.white if self.scale == "auto" else FULL
+
+    def _overfit_loader(self, dataset: PictureDataset) -> DataLoader[dict[str, Any]]:
+        """Return batches of which the first ones, which `overfit_batches` trains and validates with, hold all classes."""
+        return self._loader(dataset, self.batch_size, EvalSampler(dataset, *self.ranks(), self._fair_order(dataset)))
+
+    def _fair_order(self, dataset: Any) -> list[int]:
+        pictures = getattr(dataset.pictures, "pictures", dataset.pictures)  # of a target, whose dataset is one of a dataset
+        return stratified_order([picture.label for picture in pictures], seed_of(self.split_seed, "subset"))
+
+    @property
+    def _overfits(self) -> bool:
+        trainer: Any = self.trainer
+        return bool(trainer and trainer.state.fn == "fit" and trainer.overfit_batches)
 
     def _resized(self, spec: InputSpec) -> InputSpec:
         return spec if self.image_size is None else replace(spec, size=self.image_size)
@@ -448,6 +477,12 @@ class FolderDataModule(SplitDataModule):
             persistent_workers=workers > 0 and not (pin and reloads),  # https://github.com/pytorch/pytorch/issues/91252
             pin_memory=pin,
         )
+
+
+def _is_limited(trainer: Any) -> bool:
+    """Say whether a trainer evaluates a part of the batches: a number of them (an int), or a share below 1.0."""
+    limit = 1.0 if not trainer else trainer.limit_test_batches if trainer.testing else trainer.limit_val_batches
+    return isinstance(limit, int) or limit < 1
 
 
 def plain_root(root: str | os.PathLike[str]) -> str:

@@ -23,6 +23,7 @@ from finetune.backbones import build_bottleneck, checkpoint_gradients, create_mo
 from finetune.errors import DataError
 from finetune.freezing import Phase, phase_at, plan
 from finetune.head_start import start_head
+from finetune.labels import classes_of, labels_of
 from finetune.losses import ClassWeights
 from finetune.metrics import MeanLoss, build_metrics
 from finetune.objective import Objective
@@ -241,8 +242,20 @@ class FinetuneModule(StagedModule):
         found = f"a mapping with {sorted(batch)}" if isinstance(batch, Mapping) else type(batch).__name__
         raise DataError(f"Expected a batch with 'image' and 'label', or a pair (images, labels); found {found}.")
 
-    def _step(self, batch: Any, split: str) -> dict[str, Tensor]:
+    def images_and_labels(self, batch: Any) -> tuple[Tensor | Kept, Tensor]:
+        """Return pictures and labels of a batch: class indices (N,), or distributions (N, num_classes); see `labels.labels_of`.
+
+        Raises:
+            DataError: If the batch has no labels of its pictures.
+        """
         images, labels = self.unpack(batch)
+        number = len(images.activation if isinstance(images, Kept) else images)
+        ours = isinstance(batch, Mapping) and "index" in batch  # of a folder: an accelerator need not wait for a look at them
+        check = not ours or getattr(labels, "is_cpu", True)
+        return images, labels_of(labels, number, self.hparams["num_classes"], check_values=check)
+
+    def _step(self, batch: Any, split: str) -> dict[str, Tensor]:
+        images, labels = self.images_and_labels(batch)
         targets = labels
         if split == "train":
             images, targets = self.objective.mix(
@@ -252,6 +265,7 @@ class FinetuneModule(StagedModule):
         loss = self.loss(logits, targets)
         if split == "train":
             loss = loss + self.objective.pull(self)
+        labels = classes_of(labels)
         self._metrics_of(split).update(logits.detach(), labels)
         self._log_loss(split, loss, len(labels), add_dataloader_idx=False)
         return {"loss": loss, "logits": logits.detach(), "labels": labels}

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import inspect
+import operator
 import re
 import sys
+import types
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Union, get_args, get_origin
 
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -35,7 +38,21 @@ def called_as(command: str) -> Iterator[None]:
 
 
 class Parser(LightningArgumentParser):
-    """A parser whose errors are short and name the nearest right key, class or value."""
+    """A parser whose errors are short and name the nearest right key, class or value.
+
+    A number keeps the kind that it was typed with: `1` is an int, `1.0` a float, see `int_before_float`.
+    """
+
+    def add_argument(self, *args: Any, **kwargs: Any) -> Any:
+        """Add an argument; the arguments are those of jsonargparse."""
+        return _int_first(super().add_argument(*args, **kwargs))
+
+    def add_argument_group(self, *args: Any, **kwargs: Any) -> Any:
+        """Add a group, to which the arguments of a class are added."""
+        group = super().add_argument_group(*args, **kwargs)
+        add = group.add_argument
+        group.add_argument = lambda *names, **options: _int_first(add(*names, **options))  # type: ignore[method-assign]
+        return group
 
     def parse_args(self, args: Any = None, *rest: Any, **options: Any) -> Any:
         """Parse arguments; errors look there for the full names of options."""
@@ -59,6 +76,31 @@ class Parser(LightningArgumentParser):
         command = _called.get() or next((part for part in self.prog.split() if part in ("validate", "test")), "fit")
         print(f"For all options: resnet-finetune {command} --help", file=sys.stderr)
         raise SystemExit(2)
+
+
+def int_before_float(hint: Any) -> Any:
+    """Return a union type with int in front of float, so that the int 1 is not read as the float 1.0.
+
+    To the trainer the int 1 is one batch, and the float 1.0 is all of them. `typing` keeps unions in a cache in which the order
+    of their members does not count, so `Optional[Union[int, float]]` may come out with float in front, which takes any int.
+
+    >>> int_before_float(Union[float, int, None])
+    int | float | None
+    """
+    members = get_args(hint)
+    if get_origin(hint) not in (Union, types.UnionType) or not {int, float} <= {m for m in members if isinstance(m, type)}:
+        return hint
+    try:  # not Union[...], which would ask the cache again
+        return functools.reduce(operator.or_, sorted(members, key=lambda member: member is not int))
+    except TypeError:  # a member that knows no |
+        return hint
+
+
+def _int_first(action: Any) -> Any:
+    """Order the type of an argument of a class, which jsonargparse has put into its action."""
+    if hasattr(action, "_typehint"):
+        action._typehint = int_before_float(action._typehint)
+    return action
 
 
 def _option_strings(parser: argparse.ArgumentParser) -> list[str]:

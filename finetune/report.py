@@ -86,7 +86,7 @@ def content(files: RunFiles) -> dict[str, Any]:
         "explained": _picture(files, EXPLAINED),
         "figures": figures,
         "training_figures": any(name in figures for name in ("loss", "metrics", "learning_rates", "gradient_flow")),
-        "splits": [{"name": name, "pictures": len(found)} for name, found in files.outcomes.items()],
+        "splits": list(_splits(files)),
         "metric_rows": rows,
         "intervals": any(cell["range"] for row in rows for cell in row["cells"]),
         "classes": [] if outcome is None else list(_classes(outcome)),
@@ -209,6 +209,17 @@ def _picture(files: RunFiles, name: str) -> str | None:
 
 
 # -------------------------------------------------------------------------------------------------------------- results
+
+
+def _splits(files: RunFiles) -> Iterator[dict[str, Any]]:
+    """Say what was measured; a part of a split, or training pictures, where the trainer was told to."""
+    counts = (files.record.get("data") or {}).get("counts") or {}
+    overfits = bool(dict(flat(files.config)).get("trainer.overfit_batches"))
+    for name, outcome in files.outcomes.items():
+        split = "train" if overfits and name == "val" else name
+        total = sum(counts.get(split) or [])
+        part = f" of {total:,}" if len(outcome) < total else ""
+        yield {"name": "training" if split == "train" else name, "pictures": len(outcome), "part": part}
 
 
 def _metric_rows(files: RunFiles) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -19,6 +20,7 @@ from finetune.backbones import import_path, input_spec_of
 from finetune.calibration import stored_temperature
 from finetune.errors import CheckpointError, ConfigError
 from finetune.escaping import shown
+from finetune.finite import finite_temperature, require_finite
 from finetune.module import FinetuneModule
 from finetune.runs import CHECKPOINTS, as_typed, find_checkpoint, run_of
 from finetune.saving import LAST
@@ -106,8 +108,8 @@ def open_trained(model: str | os.PathLike[str], device: str = "auto", temperatur
         ConfigError: If the device cannot be used, or the model names no classes.
     """
     path = Path(model)
-    if temperature is not None and temperature <= 0:
-        raise ConfigError(f"Expected a temperature above 0, found {temperature}.")
+    if temperature is not None and not (math.isfinite(temperature) and temperature > 0):
+        raise ConfigError(f"Expected a finite temperature above 0, found {temperature}.")
     if path.suffix == ".pt2":
         raise CheckpointError(
             f"{path} is a torch.export archive, and loading one runs pickled code: load it yourself with torch.export.load if "
@@ -139,6 +141,7 @@ def load_model(checkpoint: str | os.PathLike[str]) -> FinetuneModule:
 
 
 def _load(path: Path, content: Mapping[str, Any]) -> FinetuneModule:
+    require_finite(content["state_dict"], str(path))
     class_path = content[checkpoints.KEY]["class_path"]
     own = class_path == f"{FinetuneModule.__module__}.{FinetuneModule.__qualname__}"
     with guarding():
@@ -211,6 +214,7 @@ def _open_onnx(path: Path, device: torch.device, temperature: float | None) -> T
     except Exception as error:  # onnxruntime raises classes of its own without a common base
         raise CheckpointError(f"{path} cannot be read as an ONNX model: {error}") from error
     own = _own_facts(session.get_modelmeta().custom_metadata_map.get(ONNX_KEY), path)
+    own["temperature"] = finite_temperature(own.get("temperature"), str(path))
     _refuse_other_temperature(own["temperature"], temperature, path)
     outputs = [output.name for output in session.get_outputs()]
 
@@ -231,7 +235,9 @@ def _open_timm(path: Path, device: torch.device, temperature: float | None) -> T
         ) from error
     own = config.get(TIMM_KEY) or {}
     spec = InputSpec.from_plain(own["input"]) if "input" in own else input_spec_of(model)
-    heat = own.get("temperature", 1.0) if temperature is None else temperature
+    require_finite(model.state_dict(), str(path))
+    inside = finite_temperature(own.get("temperature", 1.0), f"{path / 'config.json'}")
+    heat = inside if temperature is None else temperature
     names = config.get("label_names") or [str(index) for index in range(model.num_classes)]
     mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (spec.mean, spec.std))
 

@@ -18,6 +18,8 @@ from finetune.averaging import kind_of_average, refuse_other_average
 from finetune.closing import close_run, metric_table, say
 from finetune.defaults import RunOptions
 from finetune.errors import CheckpointError, ConfigError, FinetuneError
+from finetune.finite import require_finite
+from finetune.launchers import settle_processes
 from finetune.module import FinetuneModule
 from finetune.parser import instantiate
 from finetune.record import read_record
@@ -153,6 +155,7 @@ class FinetuneCLI(LightningCLI):
                 f"{checkpoint} holds weights, but no state of a training ({', '.join(lacking)}). Start from its weights: "
                 f"--model.weights {checkpoint}"
             )
+        require_finite(inside["state_dict"], as_typed(checkpoint))
         self.done_steps, done = int(inside["global_step"]), progress_of(inside)[0]
         self.done_epochs = done
         self.average = kind_of_average(inside)
@@ -211,6 +214,8 @@ class FinetuneCLI(LightningCLI):
             refuse_other_average(self.average, options)
         parse_names(options.track)  # before there is a folder
         self._warn_of_emulation(config["precision"])
+        if settled := settle_processes(config):
+            say(settled)
         config["strategy"] = choose_strategy(config["strategy"], self.model, processes_of(config))
         if config["enable_progress_bar"] is None:
             config["enable_progress_bar"] = progress.wanted()

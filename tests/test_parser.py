@@ -1,5 +1,7 @@
 """Messages that jsonargparse really gives -> the sentences that users read."""
 
+from typing import Optional, Union
+
 import lightning as L
 import pytest
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -153,3 +155,44 @@ def test_an_error_of_ours_inside_the_parsers_is_passed_on():
     except ValueError as error:
         with pytest.raises(DataError, match="no picture"):
             Parser().error("Parser key: much text", error)
+
+
+# ---------------------------------------------------------------------------------------------- 1 is one batch, 1.0 is all
+
+NUMBERS = ["limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches"]
+NUMBERS += ["val_check_interval"]
+
+
+class Counted:
+    """A class of somebody's, whose annotations have float in front."""
+
+    def __init__(self, share: Union[float, int] = 0.5, part: Optional[Union[float, int]] = None):  # noqa: UP007, UP045
+        self.share, self.part = share, part
+
+
+@pytest.fixture
+def numbers():
+    parser = Parser()
+    parser.add_lightning_class_args(L.Trainer, "trainer")
+    parser.add_subclass_arguments(Counted, "mine")
+    parser.add_argument("--config", action="config")
+    return parser
+
+
+@pytest.mark.parametrize(("text", "kind"), [("1", int), ("1.0", float), ("0", int), ("0.5", float), ("2", int)])
+def test_a_number_keeps_the_kind_it_was_typed_with(tmp_path, numbers, text, kind):
+    typed = [word for name in NUMBERS for word in (f"--trainer.{name}", text)]
+    typed += ["--mine", f"{__name__}.Counted", "--mine.share", text, "--mine.part", text]
+    (tmp_path / "typed.yaml").write_text(
+        "trainer:\n"
+        + "".join(f"  {name}: {text}\n" for name in NUMBERS)
+        + f"mine:\n  class_path: {__name__}.Counted\n  init_args:\n    share: {text}\n    part: {text}\n"
+    )
+    found = [numbers.parse_args(typed), numbers.parse_args(["--config", "typed.yaml"])]
+    (tmp_path / "saved.yaml").write_text(numbers.dump(found[0], skip_none=False))  # as a run keeps its configuration
+    found.append(numbers.parse_args(["--config", "saved.yaml"]))
+    for options in found:
+        values = {name: options.trainer[name] for name in NUMBERS} | dict(options.mine.init_args)
+        assert {name: (type(value), value) for name, value in values.items()} == dict.fromkeys(
+            values, (kind, kind(float(text)))
+        )
