@@ -138,14 +138,15 @@ class _OutsideLoader(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         module.__spec__.loader = module.__loader__ = self.loader  # type: ignore[union-attr]
-        with _elsewhere(os.path.dirname(str(module.__file__))):
+        with outside_working_folder():
             self.loader.exec_module(module)
 
 
 @contextmanager
-def _elsewhere(folder: str) -> Iterator[None]:
+def outside_working_folder() -> Iterator[None]:
+    """Let a library that looks for settings in the working folder find none, such as where to send a key to."""
     before = os.getcwd()
-    os.chdir(folder)
+    os.chdir(os.path.dirname(os.path.abspath(__file__)))
     try:
         yield
     finally:
@@ -178,5 +179,8 @@ def inherit_own_modules() -> None:
 
 
 def protect_processes() -> None:
-    """Keep the working folder off `sys.path` of the processes that this one starts, as Python 3.11 and later can."""
+    """Keep the working folder off `sys.path` of the processes that this one starts, as Python 3.11 and later can.
+
+    Processes that read data, compile or train on another device begin as `python -c` or `python -m`, which put it in front.
+    """
     os.environ.setdefault("PYTHONSAFEPATH", "1")

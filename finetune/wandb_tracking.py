@@ -25,6 +25,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from finetune.defaults import RunOptions
 from finetune.mistakes import Mistake, mistakes_of
+from finetune.own_modules import outside_working_folder
 from finetune.runs import CHECKPOINTS, CONFIG
 from finetune.thumbnails import thumbnail
 from finetune.whole import write_whole
@@ -141,7 +142,8 @@ class WandbTracker(WandbLogger):
         """Begin or go on with a W&B run, on this machine only where it cannot be sent."""
         import wandb
 
-        settings = wandb.setup().settings
+        with outside_working_folder():  # its settings there could name another server
+            settings = wandb.setup().settings
         reason = self._why_offline(settings)
         if reason is None:
             try:
