@@ -7,8 +7,8 @@ has no side effects.
 import sys
 
 if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)].removeprefix("-m") in ("finetune", "finetune.__main__"):
-    # `python -m finetune` puts the working folder before Python's library. Nothing is imported from there by its place alone, so
-    # this comes before all other imports, which a file in the folder could stand in for.
+    # `python -m finetune` puts the working folder before Python's library. Nothing is imported from there by its place alone,
+    # so this comes before all other imports, which a file in the folder could stand in for.
     import os
 
     _here = os.getcwd()

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from torch.utils.data import DataLoader
 
+from finetune.console import say
 from finetune.data import FolderDataModule, plain_root
 from finetune.errors import ConfigError, DataError
 from finetune.folders import SPLITS, Picture, Split
@@ -162,7 +163,7 @@ class AdaptDataModule(FolderDataModule):
         if stage == "fit" and (self.trainer is None or self.trainer.is_global_zero):
             number = len(self.labelled_target)
             drawn = f"\n{number} of the training pictures are trained with their labels" if number else ""
-            print(self.target.summary() + drawn)
+            say(self.target.summary() + drawn)
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Return shuffled, augmented training batches of both domains."""

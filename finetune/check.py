@@ -8,14 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from finetune.console import say
 from finetune.errors import ConfigError, DataError
 from finetune.escaping import shown
 from finetune.examined import examine_all
+from finetune.files import require_free, write_atomically
 from finetune.findings import SEVERITIES, Finding, Findings, sorted_findings
 from finetune.folders import scan
 from finetune.survey import Member, Survey, survey
 from finetune.walk import existing
-from finetune.whole import require_free, write_whole
 
 _EXPLAINED = {"unreadable-folder", "empty-class", "unknown-class", "layout"}  # errors of the layout that are named one by one
 
@@ -119,12 +120,12 @@ def check_to_terminal(
     checked = check(root, quick, workers)
     findings = checked.findings
     if findings:
-        print(findings.table())
+        say(findings.table())
     numbers = ", ".join(f"{number} {each}{'s' * (number != 1)}" for each in SEVERITIES for number in [findings.number(each)])
-    print(f"{shown(str(checked.root))}: {checked.pictures} pictures, {numbers}" + (" (a quick look)" if quick else ""))
+    say(f"{shown(str(checked.root))}: {checked.pictures} pictures, {numbers}" + (" (a quick look)" if quick else ""))
     if target is not None:
         _write(checked, target)
-        print(f"all of them: {target}")
+        say(f"all of them: {target}")
     return int(checked.failed(strict))
 
 
@@ -132,6 +133,6 @@ def _write(checked: Checked, target: Path) -> None:
     facts = {"folder": str(checked.root.absolute()), "pictures": checked.pictures}
     content = checked.findings.as_csv() if target.suffix == ".csv" else checked.findings.as_json(facts)
     try:
-        write_whole(target, content)
+        write_atomically(target, content)
     except OSError as error:
         raise ConfigError(f"{target} cannot be written: {error.strerror or error}. Give another --out.") from error

@@ -20,6 +20,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
+from finetune.console import say
 from finetune.decoded import Decoded, keep_decoded
 from finetune.errors import ConfigError, DataError, did_you_mean
 from finetune.folders import PictureFolder, Split, scan, summary, write_split
@@ -225,7 +226,7 @@ class FolderDataModule(PositionedDataModule):
         if trainer and self.on_error == "raise" and self.root not in BUILT_IN:
             look_before_training(self.folder, self.workers, first, self.unreadable_remedy)
         if first:
-            print(summary(self.folder))
+            say(summary(self.folder))
             tell_left_out(self.folder)
         if trainer and (self.folder.drawn or self.folder.left_out):
             run = trainer.log_dir  # asks all processes

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from finetune.console import say
 from finetune.errors import ConfigError
 from finetune.folders import Picture
 from finetune.hardware import best_device, worker_count
@@ -191,7 +192,7 @@ class DistillDataModule(PositionedDataModule):
         spec = getattr(self.trainer.lightning_module, "input_spec", None) if self.trainer else None
         self.input_spec = _resized(spec or InputSpec.default(), self.image_size)
         if self.trainer is None or self.trainer.is_global_zero:
-            print(
+            say(
                 f"teacher {self.teacher_name}, {len(self.files['train'])} pictures in {self.views} views to learn from, "
                 f"{len(self.files['val'])} held out"
             )

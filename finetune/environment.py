@@ -29,14 +29,14 @@ def library_versions() -> dict[str, str]:
 def git_state(folder: str | os.PathLike[str] = ".") -> dict[str, Any] | None:
     """Return the commit that a folder is at, and whether files that git knows differ from it; None outside of git.
 
-    A repository may name programs in its own configuration, which git runs to compare files (`filter`). Where it does, as may one
-    that was downloaded as an archive, nothing is compared, and `dirty` is None.
+    A repository may name programs in its own configuration, which git runs to compare files (`filter`). Where it does, as one
+    may that was downloaded as an archive, nothing is compared, and `dirty` is None.
     """
     commit = _git(folder, "rev-parse", "HEAD")
     if not commit:
         return None
-    scopes = (line.split("\t", 1) for line in (_git(folder, "config", "--list", "--show-scope", "--name-only") or "").splitlines())
-    own = [name for scope, name in scopes if scope in ("local", "worktree")]
+    settings = _git(folder, "config", "--list", "--show-scope", "--name-only") or ""
+    own = [line.split()[1] for line in settings.splitlines() if line.startswith(("local", "worktree"))]
     runs = not own or any(name.lower().startswith(("filter.", "include")) for name in own)
     changes = None if runs else _git(folder, "status", "--porcelain", "--untracked-files=no", "--ignore-submodules=dirty")
     return {"commit": commit, "dirty": None if changes is None else bool(changes)}

@@ -16,8 +16,10 @@ from tqdm import tqdm
 
 from finetune import checkpoints
 from finetune.calibration import fit_temperature, scaled, store_temperature
+from finetune.console import say
 from finetune.errors import ConfigError, DataError
 from finetune.escaping import cells, shown
+from finetune.files import MARK, Unmarked, new_folder, require_free_folder
 from finetune.folders import SPLITS, Split
 from finetune.labelled import Labelled, own_pictures, pictures_in
 from finetune.outcomes import Outcome, write_outcome
@@ -26,10 +28,11 @@ from finetune.report import write_report
 from finetune.run_files import RunFiles
 from finetune.runs import run_of
 from finetune.scores import Interval, confused_pairs, confusion, ece, metrics, per_class, selective
-from finetune.whole import new_folder, require_free
 
 THRESHOLDS = (0.5, 0.8, 0.9, 0.95, 0.99)
 _MOST_ROWS = 30  # of a table on the console
+_TABLES = frozenset({"confusion.csv", "metrics.json", "per_class.csv", "predictions.csv", "report.html"})
+_OLDER = [Unmarked(_TABLES, "metrics.json", '"selective": [')]
 
 
 def evaluate(
@@ -77,7 +80,7 @@ def evaluate(
     trained = predictor.trained
     pictures = _pictures(predictor, folder, wanted)
     target = Path(out) if out else _place(trained.path, pictures)
-    require_free(target, overwrite)
+    require_free_folder(target, overwrite, _OLDER)
     if calibrate:
         raw = Predictor(model, temperature=1.0, **reading)
         _calibrate(raw, workers)
@@ -93,13 +96,13 @@ def evaluate(
         "metrics": {name: interval._asdict() for name, interval in found.items()},
         "selective": [dict(zip(_SELECTIVE, row, strict=True)) for row in _selective(outcome, threshold)],
     }
-    with new_folder(target) as partial:
+    with new_folder(target, overwrite, _OLDER) as partial:
         _write_tables(partial, outcome, report)
         files = RunFiles(run_of(trained.path) or target)
         files.outcomes = {pictures.name: outcome}
         write_report(files, partial / "report.html")
-    print(shown(_text(outcome, found, threshold, pictures.name, predictor.trained.temperature), keep="\n"))
-    print(f"files  {target}/  ({', '.join(sorted(path.name for path in target.iterdir()))})")
+    say(shown(_text(outcome, found, threshold, pictures.name, predictor.trained.temperature), keep="\n"))
+    say(f"files  {target}/  ({', '.join(sorted(path.name for path in target.iterdir() if path.name != MARK))})")
     return target
 
 
@@ -125,7 +128,7 @@ def outcome_of(predictor: Predictor, pictures: Labelled, workers: int | None = N
         raise DataError(f"None of the {len(known)} pictures of {pictures.name} can be read. The first: {failed[0]}")
     if failed:
         named = "\n  ".join(map(shown, failed[:5]))
-        print(f"warning: {len(failed)} pictures cannot be read and are left out:\n  {named}")
+        say(f"warning: {len(failed)} pictures cannot be read and are left out:\n  {named}")
     labels = np.array([known[file] for file in read], np.int64)
     probabilities = np.stack(rows).astype(np.float64)
     probabilities /= probabilities.sum(1, keepdims=True)  # float32 adds up to 1 only nearly
@@ -164,7 +167,7 @@ def _calibrate(raw: Predictor, workers: int | None) -> None:
     before, after = ece(outcome), ece(scaled(outcome, temperature))
     details: dict[str, float | int | str] = {"pictures": len(outcome), "ece_before": before, "ece_after": after}
     file = store_temperature(path, temperature, int(checkpoints.read_own(path)["global_step"]), details)
-    print(
+    say(
         f"temperature {temperature:.4f}, fitted on {len(outcome)} validation pictures (ECE {before:.4f}, then {after:.4f}), is "
         f"stored in {file}: predict, evaluate and export use it."
     )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from finetune.console import say
 from finetune.errors import ConfigError, DataError, did_you_mean
 from finetune.images import read_image
 from finetune.labelled import Labelled, data_of, pictures_in
@@ -191,7 +192,7 @@ def explain(
         wanted = None if number is None else torch.full((len(page),), number)
         cams = grad_cam(module, images.to(module.device), stage, wanted).cpu()
         _draw(predictor, page, images, cams, alike, index * _PER_PAGE, true).savefig(place, dpi=110)
-    print(f"{len(files)} pictures: {', '.join(map(str, places))}")
+    say(f"{len(files)} pictures: {', '.join(map(str, places))}")
     return places
 
 

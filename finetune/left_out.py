@@ -12,13 +12,14 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from finetune import console
 from finetune.errors import DataError
 from finetune.escaping import cell, shown
 from finetune.examined import examine_all
+from finetune.files import write_atomically
 from finetune.findings import Finding, Findings, told_briefly
 from finetune.folders import SPLITS, Choose, PictureFolder, Split, Tree
 from finetune.survey import survey
-from finetune.whole import write_whole
 
 _NAMED = 5
 
@@ -70,7 +71,7 @@ def look_before_training(folder: PictureFolder, workers: int | None = None, say:
         return
     found = Findings(each for each in [*survey(folder.root).findings, *odd] if each.severity != "note")
     if found:
-        print(f"check  {told_briefly(found.counts())}. {advice(folder.root)}")
+        console.say(f"check  {told_briefly(found.counts())}. {advice(folder.root)}")
 
 
 def leaving_out(most: float, workers: int | None = None) -> Choose:
@@ -114,7 +115,7 @@ def tell_left_out(folder: PictureFolder) -> None:
     """Say what was left out, if anything was."""
     if bad := folder.left_out:
         number = len(bad) + sum(len(pictures) for pictures in folder.splits.values())
-        print(f"left out: {len(bad)} of {number} pictures ({len(bad) / number:.1%}): {named(bad)}. {advice(folder.root)}")
+        console.say(f"left out: {len(bad)} of {number} pictures ({len(bad) / number:.1%}): {named(bad)}. {advice(folder.root)}")
 
 
 def write_left_out(folder: PictureFolder, path: Path) -> None:
@@ -126,7 +127,7 @@ def write_left_out(folder: PictureFolder, path: Path) -> None:
     writer.writerow(["file", "kind"])
     writer.writerows([cell(file), kind] for file, kind in folder.left_out.items())
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, text.getvalue().encode("utf-8", "surrogateescape"))
+    write_atomically(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def named(bad: Mapping[str, str]) -> str:

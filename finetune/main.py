@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from finetune.console import clean_messages, say
 from finetune.errors import ConfigError, FinetuneError, did_you_mean, own_error
-from finetune.escaping import shown
 from finetune.own_modules import inherit_own_modules, own_modules, protect_processes
 from finetune.trusted_code import guarding, is_guarded, take_trust
 from finetune.verbs import VERBS
@@ -65,7 +65,7 @@ def main(args: Sequence[str] | None = None) -> None:
         protect_processes()
     try:
         packages, words = take_trust(words)
-        with guarding(words, packages), own_modules():
+        with clean_messages(), guarding(words, packages), own_modules():
             _dispatch(words)
     except BrokenPipeError:  # the reader has enough, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -80,9 +80,9 @@ def _dispatch(words: list[str]) -> None:
     verb = words[0] if words else "--help"
     if verb in ("-h", "--help"):
         verbs = "\n".join(f"  {name:<10}{text}" for name, text in _TEXTS.items())
-        print(HELP.format(verbs=f"verbs:\n{verbs}"))
+        say(HELP.format(verbs=f"verbs:\n{verbs}"))
     elif verb == "--version":
-        print(f"resnet-finetune {__version__}")
+        say(f"resnet-finetune {__version__}")
     elif verb in _TEXTS:
         if verb in VERBS:
             VERBS[verb].run(words[1:])
@@ -117,7 +117,7 @@ def _own_words(error: FinetuneError) -> str:
 
 
 def _leave(message: str) -> NoReturn:
-    print(f"error: {shown(message, keep=chr(10))}", file=sys.stderr)
+    say(f"error: {message}", error=True)
     raise SystemExit(2)
 
 

@@ -53,7 +53,7 @@ def import_path(path: str) -> Callable[..., Any]:
             f"{type(found).__name__}, and is not called."
         )
     require_trusted(_origin(found))  # where it is really from
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def _module_of(path: str) -> tuple[ModuleType, list[str]]:

@@ -8,7 +8,6 @@ never under the name of a known library.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -18,19 +17,19 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
-from pathlib import Path
 from types import FrameType, ModuleType
-from typing import Any
 
 _VARIABLE = "RESNET_FINETUNE_OWN_MODULES"  # for processes that start anew and unpickle objects of these modules
-_BY_NAME = {("finetune.named_objects", "_module_of"), ("jsonargparse._util", "import_object")}  # who imports what a class path names
+# who imports what a class path names
+_BY_NAME = {("finetune.named_objects", "_module_of"), ("jsonargparse._util", "import_object")}
+# what libraries import where it is installed, beside what their own metadata list
 _LIBRARIES = {
-    *("accelerate", "apex", "bitsandbytes", "colorama", "cupy", "cv2", "dali", "deepspeed", "defusedxml", "dotenv", "flash_attn"),
-    *("flax", "functorch", "hydra", "ipywidgets", "jax", "keras", "mpi4py", "numba", "olefile", "omegaconf", "onnx"),
-    *("onnxruntime", "onnxscript", "opt_einsum", "pandas", "peft", "psutil", "pyarrow", "rich", "ruamel", "ruyaml", "seaborn"),
-    *("simplejson", "tensorboard", "tensorboardX", "tensorflow", "timm", "torch_xla", "torchao", "tqdm", "transformers"),
-    *("triton", "typeshed_client", "ujson", "wandb", "xformers"),
-}  # what libraries import where it is installed, beside what their own metadata list
+    *("accelerate", "apex", "bitsandbytes", "colorama", "cupy", "cv2", "dali", "deepspeed", "defusedxml", "dotenv"),
+    *("flash_attn", "flax", "functorch", "hydra", "ipywidgets", "jax", "keras", "mpi4py", "numba", "olefile", "omegaconf"),
+    *("onnx", "onnxruntime", "onnxscript", "opt_einsum", "pandas", "peft", "psutil", "pyarrow", "rich", "ruamel", "ruyaml"),
+    *("seaborn", "simplejson", "tensorboard", "tensorboardX", "tensorflow", "timm", "torch_xla", "torchao", "tqdm"),
+    *("transformers", "triton", "typeshed_client", "ujson", "wandb", "xformers"),
+}
 
 
 def module_in(folder: str, name: str) -> ModuleSpec | None:
@@ -70,9 +69,7 @@ class _WorkingFolder(MetaPathFinder):
     def __init__(self, folder: str, names: Sequence[str] = ()) -> None:
         self.folder, self.names, self.found = folder, set(names), set(names)
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         """Return where a module is, if it is asked for by its name."""
         if path is not None or not (fullname in self.names or self._is_asked_for()):
             return None
@@ -117,9 +114,7 @@ def spec_elsewhere(name: str) -> ModuleSpec | None:
 class _Outside(MetaPathFinder):
     """Import matplotlib from another folder than the working folder, where it would look for its settings first."""
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         """Return where matplotlib is, with a loader that leaves the working folder meanwhile."""
         if fullname != "matplotlib":
             return None

@@ -6,7 +6,6 @@ import argparse
 import importlib
 import inspect
 import re
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +13,8 @@ from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
+from finetune.console import say
 from finetune.errors import FinetuneError, did_you_mean, own_error
-from finetune.escaping import shown
 from finetune.trusted_code import refusal, require_trusted
 
 
@@ -31,9 +30,9 @@ class Parser(LightningArgumentParser):
         """
         if own := own_error(ex):
             raise own
-        print(f"error: {shown(explain(message, _option_strings(self)), keep=chr(10))}", file=sys.stderr)
+        say(f"error: {explain(message, _option_strings(self))}", error=True)
         verb = next((word for word in self.prog.split() if word in ("validate", "test")), "fit")  # they take the same options
-        print(f"For all options: resnet-finetune {verb} --help", file=sys.stderr)
+        say(f"For all options: resnet-finetune {verb} --help", error=True)
         raise SystemExit(2)
 
 

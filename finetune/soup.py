@@ -11,9 +11,10 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from finetune import checkpoints
+from finetune.console import tell
 from finetune.errors import CheckpointError
+from finetune.files import atomic_write
 from finetune.room import tensor_bytes, unwritable
-from finetune.whole import beside
 
 
 class BestEpochs(ModelCheckpoint):
@@ -39,7 +40,7 @@ class BestEpochs(ModelCheckpoint):
         """
         ranked = sorted(self.best_k_models.items(), key=lambda item: float(item[1]), reverse=self.mode == "max")
         if len(ranked) < 2:
-            trainer.print(f"warning: There is no average of the best epochs: {len(ranked)} was measured, expected at least 2.")
+            tell(trainer, f"warning: There is no average of the best epochs: {len(ranked)} was measured, expected at least 2.")
             return None
         fault = None
         if trainer.is_global_zero:
@@ -48,10 +49,10 @@ class BestEpochs(ModelCheckpoint):
             except CheckpointError as error:
                 fault = f"warning: There is no average of the best epochs. {error}"
         if fault := trainer.strategy.broadcast(fault):
-            trainer.print(fault)
+            tell(trainer, fault)
             return None
         if not str(self.monitor).startswith("val/"):  # what training measures, a finished model has no value of
-            trainer.print(f"warning: {self.monitor} is not measured in validation, so {self.soup.name} was not compared.")
+            tell(trainer, f"warning: {self.monitor} is not measured in validation, so {self.soup.name} was not compared.")
             return None
         loggers, trainer.loggers = trainer.loggers, []
         try:
@@ -95,7 +96,7 @@ def soup(paths: Sequence[Path], out: Path) -> Path:
     kept = {"state_dict", "hyper_parameters", "datamodule_hyper_parameters", checkpoints.KEY, "epoch", "global_step"}
     kept |= {"pytorch-lightning_version", "hparams_name", "datamodule_hparams_name"}
     try:
-        with beside(out) as partial, partial.open("wb") as handle:  # its own errors say why, those of torch do not
+        with atomic_write(out) as partial, partial.open("wb") as handle:  # its own errors say why, those of torch do not
             torch.save({key: value for key, value in first.items() if key in kept}, handle)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(unwritable(out.parent, error, tensor_bytes(first["state_dict"]))) from error

@@ -29,7 +29,8 @@ KNOWN = (
 """Libraries whose classes may be named; the whole of torch would include functions that unpickle."""
 
 _DOTTED = re.compile(r"\b[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+")
-_OF_CODE = re.compile(r"^--(model|data)$|^--trainer\.|\.class_path$|(backbone|adaptation)$")  # options whose values name classes
+# options whose values name classes
+_OF_CODE = re.compile(r"^--(model|data)$|^--trainer\.|\.class_path$|(backbone|adaptation)$")
 _INSTALLED = ("site-packages", "dist-packages")
 _trusted: set[str] = set()
 _guarded: ContextVar[frozenset[str] | None] = ContextVar("guarded", default=None)

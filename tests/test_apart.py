@@ -32,7 +32,7 @@ def main(words=None):
 
 
 def package(folder, monkeypatch):
-    """A package of the same name in the working folder, which Python is told to look in: it is started instead of a training."""
+    """A package of the same name in a folder where Python is told to look: it is started instead of a training."""
     monkeypatch.setenv("PYTHONPATH", str(folder))
     (folder / "finetune").mkdir()
     (folder / "finetune" / "__init__.py").touch()
