@@ -196,6 +196,13 @@ class AdaptDataModule(FolderDataModule):
         source = [super().test_dataloader()] if super().has_test else []
         return [*source, *([self.target_loader("test")] if self.target.splits["test"] else [])]
 
+    def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Return the images of the target: its test split, or else those that validation looks at."""
+        self._follow_module()
+        split: Split = "test" if self.target.splits["test"] else self.watched
+        pictures = PictureDataset(self.target.root, self.target.splits[split], eval_transform(self.input_spec))
+        return self._in_order(pictures, f"{split} split of {self.target.root}")
+
     def target_loader(self, split: Split) -> DataLoader[dict[str, Any]]:
         """Return the pictures of a split of the target once each, in order, under the key `target` of each batch."""
         pictures = PictureDataset(self.target.root, self.target.splits[split], eval_transform(self.input_spec))

@@ -26,7 +26,7 @@ from finetune.errors import ConfigError, DataError, did_you_mean
 from finetune.folders import PictureFolder, Split, scan, summary, write_split
 from finetune.hardware import worker_count
 from finetune.left_out import SKIP, leaving_out, look_before_training, tell_left_out, write_left_out
-from finetune.loading import EvalSampler, PictureDataset, Sampling, TrainSampler, even_batch_size
+from finetune.loading import EvalSampler, PictureDataset, Sampling, TrainSampler, UnlabelledDataset, even_batch_size
 from finetune.positioned import PositionedDataModule
 from finetune.randomness import global_seed, seed_of
 from finetune.reuse import Reuse, ReuseLoader, ReuseType
@@ -217,8 +217,7 @@ class FolderDataModule(PositionedDataModule):
         for message in _NOT_TRUE_HERE:
             warnings.filterwarnings("ignore", message=message)
         trainer = self.trainer
-        spec = getattr(trainer.lightning_module, "input_spec", None) if trainer else None
-        self.input_spec = self._resized(spec or InputSpec.default())
+        self._follow_module()
         if stage != "fit":
             return
         self._restored = None
@@ -289,6 +288,33 @@ class FolderDataModule(PositionedDataModule):
             )
         return self.eval_loader("test")
 
+    def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Return the images to predict, in order: the test split, or else the validation split.
+
+        A folder that is not arranged in classes is searched to the bottom, and batches hold `image` and `index` alone.
+
+        Raises:
+            DataError: If there are none.
+        """
+        self._follow_module()
+        try:
+            split: Split = "test" if self.has_test else "val"
+        except DataError:
+            if self.root in BUILT_IN or not Path(self.root).expanduser().is_dir():
+                raise
+            return self._in_order(UnlabelledDataset(Path(self.root).expanduser(), eval_transform(self.input_spec)), self.root)
+        if not self.folder.splits[split]:
+            raise DataError(
+                f"{self.folder.root} has no images for Trainer.predict: expected a test or a validation split, or a folder of "
+                "images without classes. Draw one with data.val_fraction, or give dataloaders of your own."
+            )
+        return self.eval_loader(split)
+
+    def _follow_module(self) -> None:
+        """Take over the input of the trainer's module, which a checkpoint may have changed since `setup`."""
+        module = getattr(self.trainer, "lightning_module", None)
+        self.input_spec = self._resized(getattr(module, "input_spec", None) or InputSpec.default())
+
     def eval_loader(self, split: Split) -> DataLoader[dict[str, Any]]:
         """Return the pictures of a split once each, in the order of `files` and without augmentation.
 
@@ -343,7 +369,7 @@ class FolderDataModule(PositionedDataModule):
         reloads = bool(trainer and trainer.reload_dataloaders_every_n_epochs)
         return DataLoader(
             dataset,
-            batch_size,
+            batch_size=batch_size,  # by name, so that Lightning can make the loader anew for Trainer.predict
             sampler=sampler,
             drop_last=drop_last,
             num_workers=workers,
