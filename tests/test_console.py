@@ -60,7 +60,7 @@ def test_what_is_said_and_told(capsys):
 
 def test_a_module_prints_nothing_that_steers(capsys):
     module = finetune.FinetuneModule("test_resnet", num_classes=2, weights="none")
-    module.trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    module.trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     module.print(ESCAPE, 3)
     assert_harmless(capsys.readouterr().out)
 
