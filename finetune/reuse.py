@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from finetune.console import tell
 from finetune.errors import ConfigError, did_you_mean
+from finetune.images import white_text
 from finetune.loading import PictureDataset
 from finetune.store import Rows, Store, format_bytes, pictures_key, take
 
@@ -44,7 +45,7 @@ def dataset_key(dataset: PictureDataset, view: int) -> dict[str, Any]:
     """
     random = None if dataset.seed is None else [dataset.seed, view]
     kept = f"{dataset.decoded.side} pixels, " if dataset.decoded else ""
-    return pictures_key(dataset.paths(), f"{kept}{dataset.transform!r}", random)
+    return pictures_key(dataset.paths(), f"{kept}{dataset.transform!r}{white_text(dataset.white)}", random)
 
 
 def keep(
