@@ -93,7 +93,8 @@ def adopt(checkpoint: dict[str, Any], module: FinetuneModule) -> None:
     module.class_names = names or mine
     module.weights_report = Report.from_dict(stamped["weights"])
     spec = stamped_input(checkpoint)
-    if getattr(getattr(trainer, "datamodule", None), "input_spec", None) is not None:  # which says how pictures come in
+    predicts = trainer is not None and trainer.state.fn == "predict"  # loaders are made later, and ask for this input
+    if not predicts and getattr(getattr(trainer, "datamodule", None), "input_spec", None) is not None:  # how pictures come in
         spec = replace(module.input_spec, mean=spec.mean, std=spec.std)
     module.expect(spec)
 

@@ -22,6 +22,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
+from finetune.console import say
 from finetune.decoded import Decoded, keep_decoded
 from finetune.depth import depth_text, sampled_depth
 from finetune.errors import ConfigError, DataError, did_you_mean
@@ -30,7 +31,15 @@ from finetune.folders import PictureFolder, Split, scan, summary
 from finetune.hardware import worker_count
 from finetune.images import FULL
 from finetune.left_out import SKIP, leaving_out, look_before_training, tell_left_out, write_left_out
-from finetune.loading import EvalSampler, PictureDataset, Sampling, TrainSampler, even_batch_size, stratified_order
+from finetune.loading import (
+    EvalSampler,
+    PictureDataset,
+    Sampling,
+    TrainSampler,
+    UnlabelledDataset,
+    even_batch_size,
+    stratified_order,
+)
 from finetune.randomness import global_seed, seed_of
 from finetune.reuse import Reuse, ReuseLoader, ReuseType
 from finetune.run_split import RunSplit
@@ -301,8 +310,7 @@ class FolderDataModule(SplitDataModule):
         for message in _NOT_TRUE_HERE:
             warnings.filterwarnings("ignore", message=message)
         trainer = self.trainer
-        spec = getattr(trainer.lightning_module, "input_spec", None) if trainer else None
-        self.input_spec = self._resized(spec or InputSpec.default())
+        self._follow_module()
         if stage != "fit":
             return
         if self._known is None:
@@ -313,7 +321,7 @@ class FolderDataModule(SplitDataModule):
         if trainer and self.on_error == "raise" and self.root not in BUILT_IN:
             look_before_training(self.folder, self.workers, first, self.unreadable_remedy)
         if first:
-            print(summary(self.folder))
+            say(summary(self.folder))
             tell_left_out(self.folder)
 
     def teardown(self, stage: str) -> None:
@@ -385,6 +393,33 @@ class FolderDataModule(SplitDataModule):
             )
         return self.eval_loader("test")
 
+    def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Return the images to predict, in order: the test split, or else the validation split.
+
+        A folder that is not arranged in classes is searched to the bottom, and batches hold `image` and `index` alone.
+
+        Raises:
+            DataError: If there are none.
+        """
+        self._follow_module()
+        try:
+            split: Split = "test" if self.has_test else "val"
+        except DataError:
+            if self.root in BUILT_IN or not Path(self.root).expanduser().is_dir():
+                raise
+            return self._in_order(UnlabelledDataset(Path(self.root).expanduser(), eval_transform(self.input_spec)), self.root)
+        if not self.folder.splits[split]:
+            raise DataError(
+                f"{self.folder.root} has no images for Trainer.predict: expected a test or a validation split, or a folder of "
+                "images without classes. Draw one with data.val_fraction, or give dataloaders of your own."
+            )
+        return self.eval_loader(split)
+
+    def _follow_module(self) -> None:
+        """Take over the input of the trainer's module, which a checkpoint may have changed since `setup`."""
+        module = getattr(self.trainer, "lightning_module", None)
+        self.input_spec = self._resized(getattr(module, "input_spec", None) or InputSpec.default())
+
     def eval_loader(self, split: Split) -> DataLoader[dict[str, Any]]:
         """Return the pictures of a split once each, in the order of `files` and without augmentation.
 
@@ -436,7 +471,7 @@ class FolderDataModule(SplitDataModule):
             return FULL
         depth = sampled_depth(self.folder.root, [picture.file for picture in self.folder.splits["train"]])
         if (text := depth_text(depth, self.scale)) and (self.trainer is None or self.trainer.is_global_zero):
-            print(text)
+            say(text)
         return depth.white if self.scale == "auto" else FULL
 
     def _overfit_loader(self, dataset: PictureDataset) -> DataLoader[dict[str, Any]]:
@@ -470,7 +505,7 @@ class FolderDataModule(SplitDataModule):
         reloads = bool(trainer and trainer.reload_dataloaders_every_n_epochs)
         return DataLoader(
             dataset,
-            batch_size,
+            batch_size=batch_size,  # by name, so that Lightning can make the loader anew for Trainer.predict
             sampler=sampler,
             drop_last=drop_last,
             num_workers=workers,

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from finetune.console import say
 from finetune.content import contents
 from finetune.errors import ConfigError, DataError
 from finetune.folders import Picture, Split
@@ -227,7 +228,7 @@ class DistillDataModule(SplitDataModule):
         spec = getattr(self.trainer.lightning_module, "input_spec", None) if self.trainer else None
         self.input_spec = _resized(spec or InputSpec.default(), self.image_size)
         if self.trainer is None or self.trainer.is_global_zero:
-            print(
+            say(
                 f"teacher {self.teacher_name}, {len(self.files['train'])} pictures in {self.views} views to learn from, "
                 f"{len(self.files['val'])} held out"
             )
@@ -245,11 +246,17 @@ class DistillDataModule(SplitDataModule):
         """Return the batches of the pictures that were held out."""
         return self._loader(_WithTargets(self._dataset("val", self.input_spec, varied=False), [self.targets("val", 0)]))
 
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Return the batches of the images that were held out, as the student alone sees them."""
+        spec = getattr(self.trainer.lightning_module, "input_spec", None) if self.trainer else None
+        self.input_spec = _resized(spec or InputSpec.default(), self.image_size)
+        return self._loader(PictureDataset(Path(), self.files["val"], eval_transform(self.input_spec)))
+
     def _loader(self, pictures: Dataset[Any], **options: Any) -> DataLoader[Any]:
         pin = torch.cuda.is_available()
         workers = self.workers
         return DataLoader(
-            pictures, self.batch_size, num_workers=workers, persistent_workers=workers > 0, pin_memory=pin, **options
+            pictures, batch_size=self.batch_size, num_workers=workers, persistent_workers=workers > 0, pin_memory=pin, **options
         )
 
 

@@ -20,6 +20,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
 from finetune import escaping
+from finetune.console import say, tell
 from finetune.data import FolderDataModule
 from finetune.errors import ConfigError, DataError
 from finetune.flow_warnings import FlowWarnings, Rate, why_it_rests
@@ -182,8 +183,9 @@ class GradientFlow(Callback):
         parameters = {n: p for stage, named in self._members.items() if stage not in never for n, p in named.items()}
         start = start_weights(parameters, self.folder and self.folder / START, fresh=trainer.global_step == 0)
         if start is None:
-            module.print(
-                "note: gradients.csv has no distances from now on: the weights that the run began with are not in its folder."
+            tell(
+                module,
+                "note: gradients.csv has no distances from now on: the weights that the run began with are not in its folder.",
             )
         return start
 
@@ -211,9 +213,12 @@ class GradientFlow(Callback):
     # ------------------------------------------------------------------------------------------------------------ warning
 
     def _say(self, trainer: L.Trainer, texts: Sequence[str]) -> None:
-        show = trainer.lightning_module.print if trainer.is_global_zero else print  # which is silent on other processes
         for text in texts:
-            show(f"warning: {escaping.shown(text)}")
+            warning = f"warning: {escaping.shown(text)}"
+            if trainer.is_global_zero:
+                tell(trainer.lightning_module, warning)
+            else:  # where a module prints nothing
+                say(warning)
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, RunRecord):
                     callback.note_warning(trainer, text)
@@ -250,8 +255,8 @@ def _line(values: Sequence[Any]) -> str:
     '50,0,stem,0.25,'
     """
     text = io.StringIO()
-    shown = [f"{value:.8g}" if isinstance(value, float) else value for value in values]
-    csv.writer(text).writerow(shown)
+    written = [escaping.cell(value) if isinstance(value, str) else value for value in values]
+    csv.writer(text).writerow([f"{value:.8g}" if isinstance(value, float) else value for value in written])
     return text.getvalue()
 
 

@@ -23,6 +23,7 @@ from finetune.folders import Picture
 from finetune.images import FULL, read_image
 from finetune.randomness import seed_of
 from finetune.transforms import Transform
+from finetune.walk import Pictures
 
 Position = Callable[[], tuple[int, int]]
 Sampling = Literal["natural", "balanced"]
@@ -82,6 +83,26 @@ class PictureDataset(Dataset[dict[str, Any]]):
             with seeded(seed_of(self.seed, epoch, file, *repeat)):
                 image = self.transform(image)
         return {"image": image, "label": label, "index": index}
+
+
+class UnlabelledDataset(PictureDataset):
+    """All images below a folder, without labels.
+
+    Args:
+        root: The folder.
+        transform: uint8 (3, height, width) -> uint8 (3, size, size).
+
+    Raises:
+        DataError: If there are none.
+    """
+
+    def __init__(self, root: Path, transform: Transform) -> None:
+        files = [os.path.relpath(path, root) for path in Pictures([root]).all()]
+        super().__init__(root, [Picture(file, -1) for file in files], transform)
+
+    def __getitem__(self, key: int | tuple[int, ...]) -> dict[str, Any]:
+        item = super().__getitem__(key)
+        return {"image": item["image"], "index": item["index"]}
 
 
 class PictureError(DataError):

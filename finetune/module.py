@@ -20,6 +20,7 @@ from torchmetrics import MetricCollection
 
 from finetune import checkpoints
 from finetune.backbones import build_bottleneck, checkpoint_gradients, create_model, initialise, input_spec_of
+from finetune.console import clean
 from finetune.errors import DataError
 from finetune.freezing import Phase, phase_at, plan
 from finetune.head_start import start_head
@@ -29,6 +30,7 @@ from finetune.metrics import MeanLoss, build_metrics
 from finetune.objective import Objective
 from finetune.optim import LearningRateRule, StageRates, build_groups, build_optimizer, effective_batch, lr_factor
 from finetune.options import HeadInit, check_options
+from finetune.predicting import PredictingModule
 from finetune.randomness import global_seed, seed_of
 from finetune.reuse import Kept
 from finetune.schedules import ScheduleName
@@ -43,7 +45,7 @@ from finetune.weights import load_weights
 BatchNormMode = Literal["auto", "frozen", "train"]
 
 
-class FinetuneModule(StagedModule):
+class FinetuneModule(PredictingModule, StagedModule):
     """Fine-tune a backbone for image classification.
 
     Args:
@@ -194,11 +196,6 @@ class FinetuneModule(StagedModule):
 
     # ---------------------------------------------------------------------------------------------------------- steps
 
-    @property
-    def classifies(self) -> bool:
-        """Whether the head is one to predict classes with."""
-        return True
-
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the mean loss: in training as the options say, otherwise plain cross-entropy.
 
@@ -213,6 +210,10 @@ class FinetuneModule(StagedModule):
         """Whether the training loss is of the size of a cross-entropy, so that guessing has ln(num_classes)."""
         mine = ("loss", "_step", "training_step")
         return self.classifies and all(getattr(type(self), name) is getattr(FinetuneModule, name) for name in mine)
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print on the first of several processes, above a progress bar, and without letters that steer a terminal."""
+        super().print(*(clean(str(arg)) for arg in args), **kwargs)
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Return the optimizer groups, one per stage and kind of weight decay, each with its own rate in it."""
@@ -316,7 +317,8 @@ class FinetuneModule(StagedModule):
     def setup(self, stage: str) -> None:
         """Take class names and input size from the data; work out the phases of the run."""
         data = getattr(self.trainer, "datamodule", None)
-        self.class_names = list(getattr(data, "classes", None) or []) or self.class_names
+        if stage != "predict":  # images need no classes then
+            self.class_names = list(getattr(data, "classes", None) or []) or self.class_names
         said = getattr(data, "input_spec", None)
         if said is not None:  # normalisation is of the weights, whoever says the size
             self.input_spec = replace(said, mean=self.input_spec.mean, std=self.input_spec.std)
@@ -428,6 +430,7 @@ class FinetuneModule(StagedModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take class names and input size from a checkpoint, and refuse one that contradicts the options of a resumed run."""
         self._head_has_learned = True
+        self._loaded_step = checkpoint.get("global_step")
         checkpoints.adopt(checkpoint, self)
         self.objective.load(checkpoint)
 
