@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.behind import pace_of
 from finetune.errors import CheckpointError, WeightsError, did_you_mean
 from finetune.formats import FORMAT, upgrade
 from finetune.formats import KEY as KEY
@@ -36,6 +37,8 @@ def stamp(checkpoint: dict[str, Any], module: FinetuneModule) -> None:
         "weights": module.weights_report.as_dict(),
         "run": run_facts(module._trainer),
     }
+    if module._trainer is not None and module.timetable is not None:
+        checkpoint[KEY] |= pace_of(module.timetable, module.trainer, module.place)
     for key in ("hyper_parameters", "datamodule_hyper_parameters"):
         if key in checkpoint:
             checkpoint[key] = plain(checkpoint[key])

@@ -149,9 +149,8 @@ class GradientFlow(Callback):
     # ---------------------------------------------------------------------------------------------------------- measuring
 
     def _due(self, trainer: L.Trainer, module: L.LightningModule) -> bool:
-        timetable, phase = getattr(module, "timetable", None), getattr(module, "phase", None)
-        begin = phase.start * timetable.steps_per_epoch if timetable and phase else 0
-        since = trainer.global_step - begin
+        timetable = getattr(module, "timetable", None)
+        since = timetable.since_phase(module.place) if timetable else trainer.global_step
         return trainer.global_step % self.every == 0 or (since in _EARLY and since < self.every)
 
     def _meant_to_train(self, module: FinetuneModule) -> list[str]:
