@@ -28,7 +28,16 @@ from finetune.head_start import start_head
 from finetune.losses import ClassWeights
 from finetune.metrics import MeanLoss, build_metrics
 from finetune.objective import Objective
-from finetune.optim import LearningRateRule, StageRates, build_groups, build_optimizer, effective_batch, lr_factor
+from finetune.optim import (
+    LearningRateRule,
+    StageRates,
+    build_groups,
+    build_optimizer,
+    effective_batch,
+    let_gradients_be_clipped,
+    lr_factor,
+    scales_loss,
+)
 from finetune.options import HeadInit, check_options
 from finetune.pace import Pace, lengths_of
 from finetune.place import Place, place_of
@@ -341,7 +350,7 @@ class FinetuneModule(StagedModule):
             self.param_groups(),
             self.hparams["momentum"],
             self.hparams["optimizer_args"],
-            fused=self.trainer.precision != "16-mixed",  # whose gradients Lightning clips only unfused
+            fused=not scales_loss(self.trainer),  # or gradients would be unscaled behind their clipping
         )
         stages = [group["stage"] for group in optimizer.param_groups]
         factors = [self._factor_of(stage) for stage in stages]
@@ -360,6 +369,7 @@ class FinetuneModule(StagedModule):
 
     def on_train_start(self) -> None:
         """Fix the timetable of phases and rates, now that the epoch and the length of an epoch are known."""
+        let_gradients_be_clipped(self.trainer)
         behind, self._behind = self._behind, Behind()
         behind.settle(self.trainer)
         self.timetable = build_timetable(self.trainer, self.stage_names, self.hparams, self.place, behind.knots)
