@@ -1,4 +1,4 @@
-"""Every precision with every clipping of gradients, optimizer and accumulation: two steps train, or are refused with a sentence.
+"""Every precision with every clipping of gradients, optimizer and accumulation: two steps train, or a sentence refuses them.
 
     python benchmarks/precision.py
 

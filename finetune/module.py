@@ -40,7 +40,7 @@ from finetune.optim import (
 )
 from finetune.options import HeadInit, check_options
 from finetune.pace import Pace, lengths_of
-from finetune.place import Place, place_of
+from finetune.place import Place, batches_done, place_of
 from finetune.randomness import global_seed, seed_of
 from finetune.reuse import Kept
 from finetune.schedules import Schedule, ScheduleName
@@ -115,6 +115,7 @@ class FinetuneModule(StagedModule):
 
     timetable: Timetable | None = None
     _head_has_learned = False
+    _resumed = (0, 0)
     _behind = Behind()  # what a checkpoint says of the part of the run that is behind
     start_accuracy: float | None = None  # on the validation pictures, of a head that was solved for
 
@@ -365,13 +366,14 @@ class FinetuneModule(StagedModule):
     @property
     def place(self) -> Place:
         """Where training stands."""
-        return place_of(self.trainer)
+        return place_of(self.trainer, self._resumed)
 
     def on_train_start(self) -> None:
         """Fix the timetable of phases and rates, now that the epoch and the length of an epoch are known."""
         let_gradients_be_clipped(self.trainer)
         behind, self._behind = self._behind, Behind()
         behind.settle(self.trainer)
+        self._resumed = batches_done(self.trainer)
         self.timetable = build_timetable(self.trainer, self.stage_names, self.hparams, self.place, behind.knots)
         self._set_rates()
         if change := behind.change(self.timetable, self.place):

@@ -36,16 +36,22 @@ def batches_done(trainer: L.Trainer) -> tuple[int, int]:
     return int(epoch.processed), int(batch.current.processed)
 
 
-def place_of(trainer: L.Trainer) -> Place:
+def place_of(trainer: L.Trainer, resumed: tuple[int, int] = (0, 0)) -> Place:
     """Return where training stands; steps are not counted by epochs if the loader has no length.
 
     While batches are accumulated it is the place at which their first one began.
+
+    Args:
+        trainer: The trainer.
+        resumed: The epoch and the batch with which training went on from a checkpoint: accumulation began anew there.
     """
     made = int(trainer.global_step)
     if trainer.num_training_batches == float("inf"):
         return Place(0, made, made)
     epoch, batches = batches_done(trainer)
     accumulated = trainer.accumulate_grad_batches
+    began = max(batches - batches % accumulated, resumed[1] if epoch == resumed[0] else 0)
     data: Any = getattr(trainer, "datamodule", None)
-    shift = data.shift(epoch) if hasattr(data, "shift") else Fraction(0)  # in batches
-    return Place(epoch, batches // accumulated + Fraction(shift, accumulated) if shift else batches // accumulated, made)
+    shift = data.shift(epoch) if hasattr(data, "shift") else 0  # in batches
+    done = (began + Fraction(shift)) / accumulated
+    return Place(epoch, int(done) if done.denominator == 1 else done, made)
