@@ -66,6 +66,18 @@ class PhaseEMA(PhaseAverage):
             raise ConfigError(f"Expected run.ema to be a decay between 0 and 1, such as 0.999; found {decay}.")
         super().__init__(multi_avg_fn=lambda averages, weights, steps: ema_step(averages, weights, steps, decay))
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Make sure that the weights have room for small steps.
+
+        Raises:
+            ConfigError: If they are float16 themselves.
+        """
+        if any(parameter.dtype == torch.float16 for parameter in pl_module.parameters()):
+            raise ConfigError(
+                "run.ema cannot average weights that are float16 themselves, as under precision 16-true. Use 16-mixed, "
+                "bf16-true or 32-true, or leave out run.ema."
+            )
+
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
         """Move the average, or let it follow the weights as long as it has not begun."""
         super().on_train_batch_end(trainer, pl_module, *args, **kwargs)

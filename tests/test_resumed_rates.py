@@ -2,8 +2,8 @@
 
 32 images of 8 x 8 pixels, 6 epochs. At batch 4 an epoch has 8 steps, at batch 8 it has 4, at batch 16 it has 2.
 
-cosine, without warm-up: the factor behind e epochs and the share s of the next is (1 + cos(30 degrees x (e + s))) / 2, as 6 epochs
-are 180 degrees. At multiples of 7.5 degrees, cosines from a table of them:
+cosine, without warm-up: 6 epochs are 180 degrees, so the factor behind e epochs and the share s of the next is
+(1 + cos(30 degrees x (e + s))) / 2. Cosines from a table of them, by degrees:
 
     60: 0.5        75: 0.2588190   90: 0          105: -0.2588190   120: -0.5          127.5: -0.6087614  135: -0.7071068
     142.5: -0.7933533   150: -0.8660254   157.5: -0.9238795   165: -0.9659258   172.5: -0.9914449
@@ -130,7 +130,7 @@ def check(watch, expected):
 
 
 def all_alike(*factors):
-    return dict.fromkeys(STAGES, list(factors))
+    return {stage: list(factors) for stage in STAGES}
 
 
 # behind epochs 3 and 4 in steps of half an epoch, and behind epochs 5 and 6 in steps of a quarter
