@@ -68,12 +68,11 @@ def run_facts(trainer: Any) -> dict[str, Any]:
         "gradient_clip_algorithm": (trainer.gradient_clip_algorithm or "norm") if clipped else None,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "sync_batchnorm": getattr(trainer.strategy, "_layer_sync", None) is not None,
-        "monitor": best.monitor if best else None,
-        "mode": best.mode if best else None,
-        "patience": stopping.patience if stopping else None,
     }
-    if not trainer.fast_dev_run:  # which is no part of the run
+    if not trainer.fast_dev_run:  # which has limits of its own, and keeps nothing
         limits = ("limit_train_batches", "limit_val_batches", "overfit_batches")
+        facts |= {"monitor": best.monitor if best else None, "mode": best.mode if best else None}
+        facts |= {"patience": stopping.patience if stopping else None}
         facts |= {"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps}
         facts |= {name: str(getattr(trainer, name)) for name in limits}  # as text, for 1 is a batch and 1.0 is all of them
     return {name: plain(value) for name, value in facts.items()}

@@ -1,4 +1,4 @@
-"""Every precision clips gradients for every optimizer, and trains with every loss; benchmarks/precision.py has the whole matrix."""
+"""Every precision clips gradients for every optimizer, and trains with every loss; the matrix: benchmarks/precision.py."""
 
 import warnings
 
