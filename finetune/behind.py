@@ -5,20 +5,35 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import lightning as L
+import msgspec
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from finetune.errors import CheckpointError
 from finetune.formats import KEY
 from finetune.pace import Lengths, Pace
 from finetune.place import Place, batches_done
+from finetune.schema import convert
 
 if TYPE_CHECKING:
     from finetune.timetable import Timetable
 
 _PACE = "pace"  # within what the toolkit adds to a checkpoint
+
+
+_Count = Annotated[int, msgspec.Meta(ge=0)]
+_Some = Annotated[int, msgspec.Meta(ge=1)]
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What stands in a checkpoint: `Behind` in plain values; epochs are fractions."""
+
+    knots: list[tuple[_Count, _Some, _Count]]
+    lengths: list[tuple[_Count, _Some]]
+    batches: _Some
 
 
 @dataclass(frozen=True)
@@ -45,16 +60,11 @@ class Behind:
         said = (checkpoint.get(KEY) or {}).get(_PACE)
         if said is None:
             return cls()
-        try:
-            knots = tuple((Fraction(_whole(over), _whole(under, 1)), _whole(steps)) for over, under, steps in said["knots"])
-            lengths = tuple((_whole(epoch), _whole(steps, 1)) for epoch, steps in said["lengths"])
-            if not lengths or lengths[0][0] or sorted(knots) != list(knots):
-                raise ValueError("not in order")
-            return cls(knots, lengths, _whole(said["batches"], 1))
-        except (TypeError, ValueError, KeyError) as error:
-            raise CheckpointError(
-                f"The checkpoint is damaged: what it says of the steps of its epochs makes no sense ({said!r:.200})."
-            ) from error
+        found = convert(said, _Said, "what the checkpoint says of the steps of its epochs")
+        knots = tuple((Fraction(over, under), steps) for over, under, steps in found.knots)
+        if sorted(knots) != list(knots) or not found.lengths or found.lengths[0][0]:
+            raise CheckpointError(f"The checkpoint is damaged: the steps of its epochs are in no order ({said!r:.200}).")
+        return cls(knots, tuple(found.lengths), found.batches)
 
     def settle(self, trainer: L.Trainer) -> None:
         """Let Lightning's loops go on where they should within an epoch; its callbacks hear of no start of that epoch.
@@ -104,9 +114,3 @@ def pace_of(times: Timetable | None, trainer: Any, place: Place) -> dict[str, An
             "batches": int(trainer.num_training_batches),
         }
     }
-
-
-def _whole(value: Any, least: int = 0) -> int:
-    if type(value) is not int or value < least:
-        raise ValueError(f"{value!r} is no whole number of at least {least}")
-    return value

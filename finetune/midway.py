@@ -69,15 +69,24 @@ class Stop:
     length: int | None = None
 
 
-def stop_of(trainer: L.Trainer) -> tuple[Stop, Any]:
+def stop_of(trainer: L.Trainer) -> tuple[Stop, dict[str, int] | None]:
     """Return what the checkpoint that a trainer is loading says, and its counter of batches (ready, started, …), or None."""
-    checkpoint: Mapping[str, Any] = getattr(trainer._checkpoint_connector, "_loaded_checkpoint", None) or {}
-    stamped = checkpoint.get(KEY) or {}
-    loops = (checkpoint.get("loops") or {}).get("fit_loop") or {}
-    counter = (loops.get("epoch_loop.batch_progress") or {}).get("current")
-    options = checkpoint.get("datamodule_hyper_parameters") or {}
-    said = options.get("batch_size"), (stamped.get("run") or {}).get("processes"), (stamped.get("pace") or {}).get("batches")
-    return Stop(*(number if type(number) is int and number > 0 else None for number in said)), counter
+    checkpoint = getattr(trainer._checkpoint_connector, "_loaded_checkpoint", None)
+    said = [
+        _inside(checkpoint, "datamodule_hyper_parameters", "batch_size"),
+        _inside(checkpoint, KEY, "run", "processes"),
+        _inside(checkpoint, KEY, "pace", "batches"),
+    ]
+    counter = _inside(checkpoint, "loops", "fit_loop", "epoch_loop.batch_progress", "current")
+    counts = isinstance(counter, dict) and all(type(number) is int for number in counter.values())
+    return Stop(*(number if type(number) is int and number > 0 else None for number in said)), counter if counts else None
+
+
+def _inside(value: Any, *names: str) -> Any:
+    """Return what stands in a mapping of mappings, or None."""
+    for name in names:
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
 
 
 def length_of(trainer: L.Trainer, batches: int) -> int:

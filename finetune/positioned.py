@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Annotated, Any
 
 import lightning as L
+import msgspec
 from lightning.pytorch.utilities import rank_zero_warn
 
 from finetune.midway import Stop, length_of, rest_of_epoch, stop_of
 from finetune.place import batches_done
 from finetune.randomness import global_seed
+from finetune.schema import convert
+
+
+@dataclass(frozen=True)
+class _Position:
+    """What stands in a checkpoint: the epoch, its batches that are done, a key of its order, and `shifted_images`."""
+
+    epoch: Annotated[int, msgspec.Meta(ge=0)]
+    batches: Annotated[int, msgspec.Meta(ge=0)]
+    order: int
+    shift: int = 0
 
 
 class PositionedDataModule(L.LightningDataModule):
@@ -70,19 +83,19 @@ class PositionedDataModule(L.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over where training stands, for loaders that start before Lightning has restored its loops."""
-        self._restored = state_dict["epoch"], state_dict["batches"]
-        self._shifted = state_dict["epoch"], state_dict.get("shift", 0)
-        if self.trainer is None or self.trainer.state.fn != "fit" or not state_dict["batches"]:
+        said = convert(state_dict, _Position, "what the checkpoint says of the place in its epoch")
+        self._restored, self._shifted = (said.epoch, said.batches), (said.epoch, said.shift)
+        if self.trainer is None or self.trainer.state.fn != "fit" or not said.batches:
             return
         stop, counter = stop_of(self.trainer)
         order = self.order_of(stop.batch or self.batch_size) if self.finds_its_place else self.order_key
-        if state_dict["order"] != order:
+        if said.order != order:
             rank_zero_warn(
                 "The training pictures, the batch size or the seed are not those of the checkpoint, which was written within "
                 "an epoch: in the rest of this epoch some pictures are seen twice or not at all."
             )
         if self.images_of_epoch is not None:
-            self._divide_rest(stop, counter, state_dict["order"] == order)
+            self._divide_rest(stop, counter, said.order == order)
 
     def _divide_rest(self, stop: Stop, counter: dict[str, int] | None, same_order: bool) -> None:
         """Go on within an epoch behind the images that were shown, if batches are others now than in the checkpoint."""
@@ -99,8 +112,8 @@ class PositionedDataModule(L.LightningDataModule):
         share = min(Fraction(1), Fraction(seen, (stop.length or max(done + 1, images // before)) * before))
         rest = rest_of_epoch(min(seen if same_order else round(share * images), images - 1), images, batch, length, share)
         self._restored, self._shifted = (epoch, rest.batches), (epoch, rest.shift)
-        for name in counter or ():  # which Lightning restores its loops from
-            counter[name] = max(0, counter[name] + rest.batches - done)  # type: ignore[index]
+        for name, number in (counter or {}).items():  # which Lightning restores its loops from
+            counter[name] = max(0, number + rest.batches - done)  # type: ignore[index]
         if rest.again:
             rank_zero_warn(
                 f"{rest.again} images are shown twice in this epoch: fewer are left of it than the batch of {batch} needs."

@@ -133,5 +133,5 @@ def test_what_a_checkpoint_says_is_read():
     ],
 )
 def test_nonsense_in_a_checkpoint_is_named(said):
-    with pytest.raises(CheckpointError, match="The checkpoint is damaged: what it says of the steps of its epochs"):
+    with pytest.raises(CheckpointError, match=r"(?i)the checkpoint .*the steps of its epochs"):
         Behind.of({"finetune": {"pace": said}})
