@@ -239,6 +239,17 @@ def test_what_is_left_of_an_epoch_need_not_be_whole_batches(tmp_path, images, ba
     assert [row["head"] for row in second.rates[:steps]] == pytest.approx(expected) if batch != 12 else True
 
 
+def test_two_changes_within_one_epoch(tmp_path, images):
+    # 3 batches of 4, one of 8, then what is left, 12 images, by fours: 3 steps at the shares 20/32, 24/32 and 28/32
+    path = tmp_path / "a.ckpt"
+    watched = [fit(images, path, stop=(2, 3)), fit(images, path, batch=8, stop=(2, 3), resume=True)]
+    watched.append(fit(images, path, stop=(3, 0), resume=True))
+    assert [watch.steps[2] for watch in watched] == [3, 1, 3]
+    assert all(sum(watch.seen[2, index] for watch in watched) == 1 for index in range(32)), "each image once"
+    # 78.75, 82.5 and 86.25 degrees: cosines 0.1950903, 0.1305262, 0.0654031
+    check(watched[2], all_alike(0.5975452, 0.5652631, 0.5327016))
+
+
 def test_other_accumulation_within_an_epoch(tmp_path, images):
     # behind 3 of 8 batches; by fours the steps end with batches 4 and 8: at the shares 3/8 and 4/8 of the third epoch
     path = tmp_path / "a.ckpt"
