@@ -52,6 +52,6 @@ def place_of(trainer: L.Trainer, resumed: tuple[int, int] = (0, 0)) -> Place:
     accumulated = trainer.accumulate_grad_batches
     began = max(batches - batches % accumulated, resumed[1] if epoch == resumed[0] else 0)
     data: Any = getattr(trainer, "datamodule", None)
-    shift = data.shift(epoch) if hasattr(data, "shift") else 0  # in batches
+    shift = data.shift_in_batches(epoch) if hasattr(data, "shift_in_batches") else 0
     done = (began + Fraction(shift)) / accumulated
     return Place(epoch, int(done) if done.denominator == 1 else done, made)

@@ -59,7 +59,7 @@ class PositionedDataModule(L.LightningDataModule):
         """Return how many images an epoch is further than its batches say: not 0 where it began with others."""
         return self._shifted[1] if self._shifted[0] == epoch else 0
 
-    def shift(self, epoch: int) -> Fraction:
+    def shift_in_batches(self, epoch: int) -> Fraction:
         """Return the same as a share of a batch."""
         images = self.shifted_images(epoch)
         return Fraction(images, self.batch_size * self.ranks()[0]) if images else Fraction(0)
