@@ -89,7 +89,12 @@ class Behind:
     def change(self, times: Timetable, place: Place) -> str | None:
         """Return a line about epochs that are longer or shorter from here on, or None if they are not."""
         before, now = self._length(place), times.steps_per_epoch
-        if times.pace is None or before in (None, now) or (self.lengths is not None and self.lengths == times.pace.lengths):
+        if (
+            not place.made
+            or times.pace is None
+            or before in (None, now)
+            or (self.lengths is not None and self.lengths == times.pace.lengths)
+        ):
             return None
         first, last = place.epoch + 1, times.epochs
         which = f"epochs {first} to {last} have" if last > first else f"epoch {first} has"
@@ -104,7 +109,7 @@ class Behind:
 
 def pace_of(times: Timetable | None, trainer: Any, place: Place) -> dict[str, Any]:
     """Return what a checkpoint is to say of the part of the run that is behind, as plain values."""
-    if times is None or times.pace is None:
+    if times is None or times.pace is None or trainer.num_training_batches == float("inf"):  # another trainer, to measure with
         return {}
     knots = times.pace.until(place.epoch + Fraction(place.done) / times.steps_per_epoch)
     return {

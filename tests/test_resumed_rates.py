@@ -23,6 +23,7 @@ import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from PIL import Image
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from finetune import FinetuneModule, FolderDataModule
 
@@ -326,3 +327,21 @@ def test_checkpoints_of_older_versions_go_on_at_the_right_rate(tmp_path, images,
     second = fit(images, path, batch=16, stop=(4, 0), resume=True)
     check(second, all_alike(*HALVES_34))
     assert "2 steps where there were 8" in capsys.readouterr().out
+
+
+def test_a_model_that_was_loaded_begins_anew_and_is_saved_by_any_trainer(tmp_path, images, capsys):
+    path = tmp_path / "a.ckpt"
+    fit(images, path, stop=(2, 0))
+    module = FinetuneModule.load_from_checkpoint(path)
+    data = FolderDataModule(images, batch_size=16, image_size=8, workers=0, augment="none", val_fraction=0.0)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    watch = Watch(path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*(does not have many workers|validation).*")
+        L.Trainer(max_epochs=1, accelerator="cpu", callbacks=[watch], **quiet).fit(module, datamodule=data)
+        other = L.Trainer(accelerator="cpu", **quiet)
+        other.validate(module, DataLoader(TensorDataset(torch.zeros(2, 3, 8, 8), torch.tensor([0, 1])), 2), verbose=False)
+    assert "steps where there were" not in capsys.readouterr().out
+    check(watch, all_alike(1, 0.5))  # an epoch of two steps: 0 and 90 degrees
+    other.save_checkpoint(tmp_path / "b.ckpt")
+    assert "pace" not in torch.load(tmp_path / "b.ckpt", weights_only=True)["finetune"]
