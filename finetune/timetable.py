@@ -100,7 +100,7 @@ class Timetable:
 
     def _long_warmup(self) -> str:
         warmup, total = self.schedule.warmup, self.schedule.total
-        if warmup <= total / 2:
+        if warmup <= total / 2 or (self.pace is not None and len(self.pace.knots) > 1):  # or other steps are behind
             return ""
         return (
             f"\nwarning: the learning rate rises in {warmup} of the run's {total} steps and hardly gets to work. Lower "
