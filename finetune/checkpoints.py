@@ -39,6 +39,7 @@ def stamp(checkpoint: dict[str, Any], module: FinetuneModule) -> None:
         "input": plain(asdict(module.input_spec)),
         "weights": module.weights_report.as_dict(),
         "run": run_facts(module._trainer),
+        "split": plain(getattr(getattr(module._trainer, "datamodule", None), "split_facts", {})),
     }
     if module._trainer is not None and module.timetable is not None:
         checkpoint[KEY] |= pace_of(module.timetable, module.trainer, module.place)
