@@ -186,6 +186,11 @@ class AdaptDataModule(FolderDataModule):
         files = (picture.file for picture in self.target.splits["train"])
         return seed_of(super().order_key, self.target_shots, self.steps, *files)
 
+    @property
+    def images_of_epoch(self) -> int | None:
+        """None, as pictures of the smaller domain come several times."""
+        return None
+
     # ---------------------------------------------------------------------------------------------- hooks of Lightning
 
     def setup(self, stage: str) -> None:

@@ -345,7 +345,7 @@ class FolderDataModule(SplitDataModule):
             return self._overfit_loader(dataset)
         position = self.position if trainer else None
         labels = torch.tensor(self.labels("train")) if self.sampling == "balanced" else None
-        sampler = TrainSampler(dataset, self.batch_size, seed, position, *self.ranks(), labels=labels)
+        sampler = TrainSampler(dataset, self.batch_size, seed, position, *self.ranks(), labels, self.shifted_images)
         loader = self._loader(dataset, self.batch_size, sampler, drop_last=len(sampler) > self.batch_size)
         return self._reusing(loader, "train")
 
@@ -446,9 +446,19 @@ class FolderDataModule(SplitDataModule):
     @property
     def order_key(self) -> int:
         """A number that is equal where the order of an epoch is."""
-        return seed_of(
-            global_seed(), self.batch_size, self.sampling, *(picture.file for picture in self.folder.splits["train"])
-        )
+        return self._order(self.batch_size)
+
+    def _order(self, batch_size: int) -> int:
+        return seed_of(global_seed(), batch_size, self.sampling, *(picture.file for picture in self.folder.splits["train"]))
+
+    def order_of(self, batch_size: int) -> int:
+        """Return what `order_key` would be with another batch size; the order of the pictures does not depend on it."""
+        return self._order(batch_size)
+
+    @property
+    def images_of_epoch(self) -> int | None:
+        """How many pictures an epoch shows."""
+        return None if self.trainer and cast(Any, self.trainer).overfit_batches else len(self.folder.splits["train"])
 
     def _in_order(self, dataset: PictureDataset, name: str) -> DataLoader[dict[str, Any]]:
         world, rank = self.ranks()

@@ -167,7 +167,16 @@ class DistillDataModule(SplitDataModule):
     @property
     def order_key(self) -> int:
         """A number that is equal where the order of an epoch is."""
-        return seed_of(global_seed(), self.batch_size, *(picture.file for picture in self.files["train"]))
+        return self.order_of(self.batch_size)
+
+    def order_of(self, batch_size: int) -> int:
+        """Return what `order_key` would be with another batch size; the order of the pictures does not depend on it."""
+        return seed_of(global_seed(), batch_size, *(picture.file for picture in self.files["train"]))
+
+    @property
+    def images_of_epoch(self) -> int | None:
+        """How many pictures an epoch shows."""
+        return len(self.files["train"])
 
     # ------------------------------------------------------------------------------------------ what the teacher says
 
@@ -239,7 +248,7 @@ class DistillDataModule(SplitDataModule):
         views = [self.targets("train", view) for view in range(self.views)]
         pictures = _WithTargets(self._dataset("train", self.input_spec, varied=True), views)
         position = self.position if self.trainer else None
-        sampler = TrainSampler(pictures, self.batch_size, global_seed(), position, *self.ranks())
+        sampler = TrainSampler(pictures, self.batch_size, global_seed(), position, *self.ranks(), shift=self.shifted_images)
         return self._loader(pictures, sampler=sampler, drop_last=len(sampler) > self.batch_size)
 
     def val_dataloader(self) -> DataLoader[Any]:

@@ -67,6 +67,7 @@ class GradientFlow(Callback):
         self._pending: Measurement | None = None
         self._start: dict[str, Tensor] | None = None
         self._rates: dict[str, Rate] = {}
+        self._since = 0.0  # steps of the phase before the one that is measured
 
     # ------------------------------------------------------------------------------------------------- hooks of Lightning
 
@@ -114,9 +115,13 @@ class GradientFlow(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Begin a measurement: gradients are accumulated, reduced and unscaled, and not yet clipped."""
-        if not self._active or self._pending is not None or not self._due(trainer, pl_module):
+        if not self._active or self._pending is not None:
+            return
+        since = self._steps_of_phase(trainer, pl_module)
+        if not self._due(trainer, since):
             return
         assert isinstance(pl_module, FinetuneModule)
+        self._since = since
         if not self._started:
             self._started = True
             self._start = self._starting_point(trainer, pl_module)
@@ -139,7 +144,7 @@ class GradientFlow(Callback):
             self._write(trainer, step, flows)
             if any(flow.nonfinite for flow in flows.values()):
                 self._name_pictures(trainer)
-            self._say(trainer, self._warnings.judge(step, flows, self._rates, step - self._begin(pl_module)))
+            self._say(trainer, self._warnings.judge(step, flows, self._rates, self._since))
         self._batch = None
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -161,15 +166,14 @@ class GradientFlow(Callback):
 
     # ---------------------------------------------------------------------------------------------------------- measuring
 
-    def _due(self, trainer: L.Trainer, module: L.LightningModule) -> bool:
-        since = trainer.global_step - self._begin(module)
+    def _due(self, trainer: L.Trainer, since: float) -> bool:
         return trainer.global_step % self.every == 0 or (since in _EARLY and since < self.every)
 
     @staticmethod
-    def _begin(module: L.LightningModule) -> int:
-        """Return the step at which the present phase began."""
-        timetable, phase = getattr(module, "timetable", None), getattr(module, "phase", None)
-        return int(phase.start * timetable.steps_per_epoch) if timetable and phase else 0
+    def _steps_of_phase(trainer: L.Trainer, module: L.LightningModule) -> float:
+        """Return how many steps the present phase is old, before the step that is about to be made."""
+        timetable = getattr(module, "timetable", None)
+        return float(timetable.since_phase(module.place)) if timetable else trainer.global_step
 
     def _meant_to_train(self, module: FinetuneModule) -> list[str]:
         """Return the stages that train now by the policy; what a subclass added beside the stages always does."""

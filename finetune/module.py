@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any, Literal
 
 import torch
@@ -20,6 +21,7 @@ from torchmetrics import MetricCollection
 
 from finetune import checkpoints
 from finetune.backbones import build_bottleneck, checkpoint_gradients, create_model, initialise, input_spec_of
+from finetune.behind import Behind
 from finetune.console import clean
 from finetune.errors import DataError
 from finetune.freezing import Phase, phase_at, plan
@@ -28,12 +30,23 @@ from finetune.labels import classes_of, labels_of
 from finetune.losses import ClassWeights
 from finetune.metrics import MeanLoss, build_metrics
 from finetune.objective import Objective
-from finetune.optim import LearningRateRule, StageRates, build_groups, build_optimizer, effective_batch, lr_factor
+from finetune.optim import (
+    LearningRateRule,
+    StageRates,
+    build_groups,
+    build_optimizer,
+    effective_batch,
+    let_gradients_be_clipped,
+    lr_factor,
+    scales_loss,
+)
 from finetune.options import HeadInit, check_options
+from finetune.pace import Pace, lengths_of
+from finetune.place import Place, batches_done, place_of
 from finetune.predicting import PredictingModule
 from finetune.randomness import global_seed, seed_of
 from finetune.reuse import Kept
-from finetune.schedules import ScheduleName
+from finetune.schedules import Schedule, ScheduleName
 from finetune.staged import StagedModule
 from finetune.stages import split_head
 from finetune.strategies import refuse_synchronised_batchnorm, require_searching
@@ -105,6 +118,8 @@ class FinetuneModule(PredictingModule, StagedModule):
 
     timetable: Timetable | None = None
     _head_has_learned = False
+    _resumed = (0, 0)
+    _behind = Behind()  # what a checkpoint says of the part of the run that is behind
     start_accuracy: float | None = None  # on the validation pictures, of a head that was solved for
 
     def __init__(
@@ -358,21 +373,33 @@ class FinetuneModule(PredictingModule, StagedModule):
             self.param_groups(),
             self.hparams["momentum"],
             self.hparams["optimizer_args"],
-            fused=self.trainer.precision != "16-mixed",  # whose gradients Lightning clips only unfused
+            fused=not scales_loss(self.trainer),  # or gradients would be unscaled behind their clipping
         )
         stages = [group["stage"] for group in optimizer.param_groups]
         factors = [self._factor_of(stage) for stage in stages]
+        self._rates, self._accumulated = [group["lr"] for group in optimizer.param_groups], self.trainer.accumulate_grad_batches
         self._scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._scheduler, "interval": "step"}}
 
     def _factor_of(self, stage: str) -> Callable[[int], float]:
-        return lambda step: self.timetable.factor(stage, step) if self.timetable else 1.0
+        """Return the factor of a stage as a scheduler asks for it: the place in the run counts, not the scheduler's steps."""
+        return lambda _: self.timetable.factor_at(stage, self.place) if self.timetable else 1.0
+
+    @property
+    def place(self) -> Place:
+        """Where training stands."""
+        return place_of(self.trainer, self._resumed)
 
     def on_train_start(self) -> None:
         """Fix the timetable of phases and rates, now that the epoch and the length of an epoch are known."""
-        self.timetable = build_timetable(self.trainer, self.stage_names, self.hparams)
-        for group, rate in zip(self.trainer.optimizers[0].param_groups, self._scheduled_rates(), strict=False):
-            group["lr"] = rate
+        let_gradients_be_clipped(self.trainer)
+        behind, self._behind = self._behind, Behind()
+        behind.settle(self.trainer)
+        self._resumed = batches_done(self.trainer)
+        self.timetable = build_timetable(self.trainer, self.stage_names, self.hparams, self.place, behind.knots)
+        self._set_rates()
+        if change := behind.change(self.timetable, self.place):
+            self.print(change)
         self.apply_phase(phase_at(self.timetable.phases, self.current_epoch))
         self.objective.hold_to_start(self, self.weights_report.untrained)
         self.print(self.weights_report.summary())
@@ -394,23 +421,43 @@ class FinetuneModule(PredictingModule, StagedModule):
             "(--model.freezing full --model.bn train, or the recipe scratch)."
         )
 
-    def _scheduled_rates(self) -> list[float]:
+    def _set_rates(self) -> None:
+        """Give the optimizer the rates of this place."""
         scheduler = getattr(self, "_scheduler", None)
         if scheduler is None:  # a subclass has its own configure_optimizers
-            return []
-        step = scheduler.last_epoch
-        scheduler._last_lr = [base * fn(step) for base, fn in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
-        return list(scheduler._last_lr)
+            return
+        groups = self.trainer.optimizers[0].param_groups
+        if self.hparams["lr_rule"] != "none":  # a resumed run may have another effective batch than its checkpoint
+            factor = lr_factor(self.hparams["lr_rule"], self.trainer.accumulate_grad_batches, self._accumulated)
+            followed = [rate * factor for rate in self._rates]
+            scheduler.base_lrs = followed
+            for group, rate in zip(groups, followed, strict=True):
+                group["initial_lr"] = rate
+        rates = [base * share(0) for base, share in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+        scheduler._last_lr = rates
+        for group, rate in zip(groups, rates, strict=False):
+            group["lr"] = rate
 
     def on_train_epoch_start(self) -> None:
-        """Enter the phase of the epoch."""
+        """Enter the phase of the epoch, and take notice if it has another length than the last."""
         assert self.timetable is not None
+        self._follow_length()
         phase = phase_at(self.timetable.phases, self.current_epoch)
         if phase != self._phase:
             self.apply_phase(phase)
             self.print(self.timetable.announce(self.current_epoch))
         else:
             self.train()
+
+    def _follow_length(self) -> None:
+        times = self.timetable
+        lengths = lengths_of(self.trainer)
+        if times is None or times.pace is None or lengths is None or not isinstance(times.schedule, Schedule):
+            return  # a sweep of the learning rate is none
+        if Pace(lengths).length(self.current_epoch) != times.steps_per_epoch:
+            knots = times.pace.until(Fraction(self.current_epoch))
+            self.timetable = build_timetable(self.trainer, self.stage_names, self.hparams, self.place, knots)
+        self._set_rates()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed what is random in the step (dropout, stochastic depth) by its place in the run; log the learning rates."""
@@ -432,6 +479,7 @@ class FinetuneModule(PredictingModule, StagedModule):
         self._head_has_learned = True
         self._loaded_step = checkpoint.get("global_step")
         checkpoints.adopt(checkpoint, self)
+        self._behind = Behind.of(checkpoint)
         self.objective.load(checkpoint)
 
     @classmethod
