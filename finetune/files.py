@@ -68,10 +68,14 @@ def require_free(target: Path, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path, sync: bool = True) -> Iterator[Path]:
     """Give a temporary file to write, which takes the place of `path` when it is complete; after an error `path` is unchanged.
 
     A link at `path` is replaced; the file behind it is not touched.
+
+    Args:
+        path: The file.
+        sync: Wait until the content is on the disk, so that it also survives a loss of power.
 
     Raises:
         OSError: If it cannot be written, or `path` is a device, a pipe or a folder.
@@ -83,16 +87,17 @@ def atomic_write(path: Path) -> Iterator[Path]:
     partial = _exclusive_file(path)
     try:
         yield partial
-        with partial.open("r+b") as file:
-            os.fsync(file.fileno())
+        if sync:
+            with partial.open("r+b") as file:
+                os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a small file, text as UTF-8, so that it is complete or unchanged."""
-    with atomic_write(path) as partial:
+def write_atomically(path: Path, content: str | bytes, sync: bool = True) -> None:
+    """Write a small file, text as UTF-8, so that it is complete or unchanged, see `atomic_write`."""
+    with atomic_write(path, sync) as partial:
         partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
