@@ -18,7 +18,7 @@ from finetune import checkpoints
 from finetune.calibration import fit_temperature, scaled, store_temperature
 from finetune.errors import ConfigError, DataError
 from finetune.escaping import cells, shown
-from finetune.files import MARK, Unmarked, new_folder, require_free_folder
+from finetune.files import MARK, Unmarked, inside, new_folder, require_free_folder
 from finetune.folders import SPLITS, Split
 from finetune.labelled import Labelled, own_pictures, pictures_in
 from finetune.outcomes import Outcome, write_outcome
@@ -97,7 +97,7 @@ def evaluate(
     }
     with new_folder(target, overwrite, _OLDER) as partial:
         _write_tables(partial, outcome, report)
-        files = RunFiles(run_of(trained.path) or target)
+        files = RunFiles(run_of(trained.path) or target, pictures.root)
         files.outcomes = {pictures.name: outcome}
         write_report(files, partial / "report.html")
     print(shown(_text(outcome, found, threshold, pictures.name, predictor.trained.temperature), keep="\n"))
@@ -153,8 +153,7 @@ def _pictures(predictor: Predictor, folder: str | None, split: Split | None) -> 
 
 
 def _place(model: Path, pictures: Labelled) -> Path:
-    name = "-".join(Path(pictures.name).name.split())
-    return (run_of(model) or model.parent) / "evaluation" / name
+    return inside(run_of(model) or model.parent, "evaluation", pictures.output)
 
 
 def _calibrate(raw: Predictor, workers: int | None) -> None:

@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finetune.errors import ConfigError, DataError, did_you_mean
+from finetune.files import atomic_write, require_free
 from finetune.images import read_image
 from finetune.labelled import Labelled, data_of, pictures_in
 from finetune.outcomes import Floats, Ints, read_outcome
 from finetune.predictor import Predictor
-from finetune.run_files import EXPLAINED
+from finetune.run_files import EXPLAINED, RunFiles
 from finetune.runs import run_of
 from finetune.scores import worst_mistakes
 from finetune.staged import StagedModule
@@ -181,8 +182,8 @@ def explain(
     target = Path(out)
     pages = [files[at : at + _PER_PAGE] for at in range(0, len(files), _PER_PAGE)]
     places = [target / f"explained-{number:02d}.png" for number in range(1, len(pages) + 1)]
-    if not overwrite and (there := [path for path in places if path.exists()]):
-        raise ConfigError(f"{there[0]} exists already and is not overwritten: give another --out, or --overwrite.")
+    for place in places:
+        require_free(place, overwrite)
     number = None if label is None else _number(label, predictor.classes)
     alike = nearest(predictor, files, _among(predictor, among), neighbours) if neighbours else None
     target.mkdir(parents=True, exist_ok=True)
@@ -190,7 +191,7 @@ def explain(
         images = torch.stack([predictor.transform(read_image(file)) for file in page])
         wanted = None if number is None else torch.full((len(page),), number)
         cams = grad_cam(module, images.to(module.device), stage, wanted).cpu()
-        _draw(predictor, page, images, cams, alike, index * _PER_PAGE, true).savefig(place, dpi=110)
+        _write_figure(_draw(predictor, page, images, cams, alike, index * _PER_PAGE, true), place)
     print(f"{len(files)} pictures: {', '.join(map(str, places))}")
     return places
 
@@ -212,7 +213,7 @@ def draw_mistakes(run: Path, most: int = 6) -> Path | None:
         return None
     files = list(true)
     images = torch.stack([predictor.transform(read_image(file)) for file in files])
-    _draw(predictor, files, images, grad_cam(module, images), None, 0, true).savefig(run / EXPLAINED, dpi=110)
+    _write_figure(_draw(predictor, files, images, grad_cam(module, images), None, 0, true), run / EXPLAINED)
     return run / EXPLAINED
 
 
@@ -226,7 +227,12 @@ def _mistakes(predictor: Predictor, most: int) -> dict[str, str]:
             "folder. Name pictures instead of --mistakes."
         )
     outcome = read_outcome(tables[0])
-    return {outcome.files[i]: outcome.classes[outcome.labels[i]] for i in worst_mistakes(outcome, most)}
+    files = RunFiles(tables[0].parent)
+    found = {outcome.files[i]: outcome.classes[outcome.labels[i]] for i in worst_mistakes(outcome, most)}
+    inside = {str(path): label for file, label in found.items() if (path := files.picture(file)) is not None}
+    if found and not inside:
+        raise DataError(f"{tables[0]} names images outside of the run's data {files.data_root}, which are not read.")
+    return inside
 
 
 def _among(predictor: Predictor, folder: str | None) -> Labelled:
@@ -277,6 +283,11 @@ def _draw(
             shown = predictor.transform(read_image(other)).permute(1, 2, 0).numpy()
             _show(axes[row][2 + rank], shown, f"{predictor.classes[label]}\n{alike.similarities[first + row][rank]:.2f}")
     return figure
+
+
+def _write_figure(figure: Figure, path: Path) -> None:
+    with atomic_write(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")
 
 
 def _show(axis: Any, picture: Any, title: str) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from finetune import checkpoints
 from finetune.backbones import create_model
 from finetune.errors import ConfigError, did_you_mean
-from finetune.files import MARK, Unmarked, new_folder, require_free_folder
+from finetune.files import MARK, Unmarked, inside, new_folder, require_free_folder
 from finetune.labelled import data_of
 from finetune.model_card import write_model_card
 from finetune.module import FinetuneModule
@@ -116,7 +116,7 @@ def export(
         raise ConfigError(f"Unknown format '{format}'.{did_you_mean(format, kinds)} Expected {', '.join(kinds)}.")
     trained = open_trained(model, "cpu", temperature)
     module = trained.require_module()
-    folder = Path(out) if out else (run_of(trained.path) or trained.path.parent) / "export" / format
+    folder = Path(out) if out else inside(run_of(trained.path) or trained.path.parent, "export", format)
     require_free_folder(folder, overwrite, _OLDER)
     files, where = _pictures_of(trained, pictures)
     with new_folder(folder, overwrite, _OLDER) as partial:

@@ -14,6 +14,7 @@ import os
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -28,8 +29,8 @@ MARK = ".resnet-finetune"
 
 _FORMAT = 1
 _MOST_BYTES = 2**22  # of a mark; it lists the files of one export or evaluation
-_NO_LINKS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
-_NO_WAITING = getattr(os, "O_NONBLOCK", 0)  # a pipe without a writer would be waited for
+_EXCLUSIVE = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+_NO_WAITING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)  # as for a pipe
 
 
 @dataclass(frozen=True)
@@ -112,16 +113,24 @@ def remove_leftovers(path: Path) -> None:
                 os.unlink(entry.path)
 
 
-def open_plain(path: str | os.PathLike[str]) -> int:
-    """Open a file for reading and return its descriptor; the last part of its path may be no link.
+def open_plain(path: str | os.PathLike[str], follow: bool = False) -> int:
+    """Open a file for reading and return its descriptor.
+
+    Args:
+        path: The file.
+        follow: Follow a link at the end of the path.
 
     Raises:
-        OSError: If it is missing, a link, or anything but a plain file, such as a pipe that reading would wait for.
+        OSError: If it is missing, a link that is not followed, or anything but a plain file, such as a pipe that reading would
+            wait for.
     """
-    descriptor = os.open(path, os.O_RDONLY | _NO_LINKS | _NO_WAITING)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    links = 0 if follow else getattr(os, "O_NOFOLLOW", 0)
+    descriptor = os.open(path, os.O_RDONLY | links | _NO_WAITING)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "It is no plain file", os.fspath(path))
+        number, text = (errno.EISDIR, "Is a directory") if stat.S_ISDIR(mode) else (errno.EINVAL, "It is no plain file")
+        raise OSError(number, text, os.fspath(path))
     return descriptor
 
 
@@ -151,11 +160,47 @@ def _temporary(path: Path, ending: str) -> Path:
 
 def _exclusive_file(path: Path) -> Path:
     partial = _temporary(path, "part")
-    os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY | _NO_LINKS, 0o666))
+    os.close(os.open(partial, _EXCLUSIVE, 0o666))
     return partial
 
 
 # --------------------------------------------------------------------------------------------------------------- folders
+
+
+def file_name_of(path: str | os.PathLike[str], more: str = "") -> str:
+    """Return a name for an output that is called after a path: one plain part, never empty, `.` or `..`.
+
+    >>> file_name_of("photos/my birds/"), file_name_of("/"), file_name_of("/data/photos/c0/.."), file_name_of("photos", "test")
+    ('my-birds', 'images', 'photos', 'photos-test')
+    """
+    name = os.path.basename(os.path.abspath(path))
+    plain = "".join(letter if letter.isprintable() and letter not in "/\\:" else " " for letter in name)
+    words = [*plain.lstrip(".- ").split(), *more.split()]
+    return "-".join(words)[:80] if plain.strip(".- ") else "-".join(["images", *more.split()])
+
+
+def inside(folder: Path, *parts: str) -> Path:
+    """Return a path in a folder, for something to be written there.
+
+    Raises:
+        ConfigError: If a folder on the way is a link, so that it would be written elsewhere.
+    """
+    path = folder
+    for part in parts[:-1]:
+        path /= part
+        if path.is_symlink():
+            raise ConfigError(f"{path} is a link, which is not followed: give another --out, or replace it by a folder.")
+    return path / parts[-1]
+
+
+@contextlib.contextmanager
+def temporary_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """Give a new folder with a random name, which is deleted at the end."""
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def is_ours(folder: Path, older: Sequence[Unmarked] = ()) -> bool:
@@ -221,6 +266,8 @@ def new_folder(target: Path, overwrite: bool = False, older: Sequence[Unmarked] 
         ConfigError: If it cannot be written, or there is something that may not be replaced.
     """
     require_free_folder(target, overwrite, older)
+    if target.name in ("", ".."):  # such as `.`, which has no name to make another from
+        target = target.resolve()
     partial = _temporary(target, "part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from finetune.errors import DataError
+from finetune.files import open_plain
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm"}
@@ -79,7 +80,7 @@ def open_picture(file: str | io.BytesIO) -> Image.Image:
 
 def _read_bytes(path: str | os.PathLike[str]) -> bytearray:
     try:
-        with open(path, "rb") as file:
+        with os.fdopen(open_plain(path, follow=True), "rb") as file:
             data = bytearray(os.fstat(file.fileno()).st_size)
             del data[file.readinto(data) :]
     except OSError as error:

@@ -125,7 +125,7 @@ class GrowingFile:
             return False
         if not state["bytes"]:
             return not os.fstat(handle.fileno()).st_size
-        return state["end"] == _end_of(handle, state["bytes"])
+        return bool(state["end"] == _end_of(handle, state["bytes"]))
 
     def _is_here(self, handle: BinaryIO) -> bool:
         """Return whether an open file still is the partial file."""

@@ -84,6 +84,8 @@ ORDER = [
     "adapt_data",
     "adapt",
     "runs",
+    "output_places",
+    "kept_states",
     "interrupts",
     "saving",
     "resuming",
