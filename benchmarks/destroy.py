@@ -24,7 +24,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +39,7 @@ TINY = ["--model.backbone", "test_resnet", "--model.weights", "none", "--data.im
 TINY += ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu", "--run.gradients_every", "0"]
 SECRET = b"the user's secret" * 9
 CACHES = ("cache/checked", "xdg", "home/.cache", "home/.config")  # what the command and its libraries keep for themselves
-SECONDS = 60  # for one attack; what waits for a pipe would never end
+SECONDS = 180  # for one attack; what waits for a pipe would never end
 
 
 class Attack(NamedTuple):
@@ -51,6 +51,7 @@ class Attack(NamedTuple):
         args: The arguments of the command.
         cwd: The working folder, relative to the scratch folder.
         may_change: What the command may write: paths relative to the scratch folder.
+        process: Whether it needs a process of its own in any case.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Attack(NamedTuple):
     args: list[str]
     cwd: str = "."
     may_change: tuple[str, ...] = ()
+    process: bool = False
 
 
 class Result(NamedTuple):
@@ -148,12 +150,14 @@ def run_apart(attack: Attack, scratch: Path) -> tuple[object, str]:
 def judge(attack: Attack, scratch: Path, apart: bool) -> Result:
     """Run an attack under the watch."""
     before = snapshot(scratch)
-    code, said = (run_apart if apart else run_here)(attack, scratch)
+    code, said = (run_apart if apart or attack.process else run_here)(attack, scratch)
     after = snapshot(scratch)
     lines = [line for line in said.splitlines() if line.strip()]
     message = next((line for line in lines if line.startswith("error: ")), lines[-1] if lines else "")
     ran = any(os.path.basename(path).startswith("hacked") for path in after.keys() - before.keys())
-    return Result(code, differences(before, after, (*attack.may_change, *CACHES)), ran, message)
+    result = Result(code, differences(before, after, (*attack.may_change, *CACHES)), ran, message)
+    print(f"{attack.entry} {attack.name}: {result.code} {result.changed[:3] or ''}", file=sys.stderr, flush=True)
+    return result
 
 
 # ------------------------------------------------------------------------------------------------------ what is there
@@ -194,17 +198,15 @@ class World:
 
 # ---------------------------------------------------------------------------------------------------------- the attacks
 
+Group = Callable[[World], Iterator[Attack]]
 
-def attacks(scratch: Path) -> Iterator[Attack]:
+
+def attacks(scratch: Path, groups: Sequence[Group] = ()) -> Iterator[Attack]:
     """Prepare each attack, and yield it."""
     world = World(scratch)
-    yield from _output_names(world)
-    yield from _temporary_names(world)
-    yield from _paths_in_a_checkpoint(world)
-    yield from _links_and_pipes(world)
-    yield from _places_of_others(world)
-    yield from _several_writers(world)
-    if importlib.util.find_spec("destroy_code") is not None:
+    for group in groups or GROUPS:
+        yield from group(world)
+    if not groups and importlib.util.find_spec("destroy_code") is not None:
         from destroy_code import attacks as attacks_on_code
 
         (scratch / "code").mkdir()
@@ -213,7 +215,7 @@ def attacks(scratch: Path) -> Iterator[Attack]:
             yield attack._replace(cwd=f"code/{attack.cwd}", may_change=places)
 
 
-def _output_names(world: World) -> Iterator[Attack]:
+def output_names(world: World) -> Iterator[Attack]:
     """Entry 1: names of outputs that are made from the user's input, and folders that we did not make."""
     for where, what in (("photos/c0", ".."), ("photos", "."), ("photos", "../photos/c0/..")):
         folder = world.folder()
@@ -245,7 +247,7 @@ def _output_names(world: World) -> Iterator[Attack]:
     yield Attack("evaluate RUN, whose checkpoint names ..", 1, args, folder.name, (f"{folder.name}/run/evaluation",))
 
 
-def _temporary_names(world: World) -> Iterator[Attack]:
+def temporary_names(world: World) -> Iterator[Attack]:
     """Entry 2: names that lie beside the output, and links at them."""
     folder = world.folder()
     for name in ("model.part", "eval.part"):
@@ -302,7 +304,7 @@ def _resume(folder: Path) -> list[str]:
     return ["fit", "--ckpt_path", "run", *words, "--trainer.max_epochs", "4"]
 
 
-def _paths_in_a_checkpoint(world: World) -> Iterator[Attack]:
+def paths_in_a_checkpoint(world: World) -> Iterator[Attack]:
     """Entry 3: the state of a callback names files and folders that it would delete."""
     forms = {
         "a folder of the user's": "{folder}/mine",
@@ -352,7 +354,7 @@ def _paths_in_a_checkpoint(world: World) -> Iterator[Attack]:
     yield Attack("resume, a callback of the user's names another file of its folder", 3, args, folder.name, places)
 
 
-def _links_and_pipes(world: World) -> Iterator[Attack]:
+def links_and_pipes(world: World) -> Iterator[Attack]:
     """Entry 4: a run that came from elsewhere holds links, pipes, and tables that name other files."""
     for name in ("augmented.jpg", "explained.png", "config.yaml", "metrics.csv"):
         folder = world.folder()
@@ -427,7 +429,7 @@ def _name_in_predictions(run: Path, file: Path) -> None:
             csv.writer(handle).writerows(rows)
 
 
-def _places_of_others(world: World) -> Iterator[Attack]:
+def places_of_others(world: World) -> Iterator[Attack]:
     """Entry 4: a configuration names the folder of another run, or a name leads out of the folder of runs."""
     loggers = "lightning.pytorch.loggers"
     callbacks = "lightning.pytorch.callbacks"
@@ -462,7 +464,7 @@ def _places_of_others(world: World) -> Iterator[Attack]:
         yield Attack(f"run.name {name}", 4, args, folder.name, (f"{folder.name}/runs",))
 
 
-def _several_writers(world: World) -> Iterator[Attack]:
+def several_writers(world: World) -> Iterator[Attack]:
     """Entry 4: two writers of one table at once."""
     for out in ("x.csv", "x.jsonl"):
         folder = world.folder()
@@ -496,16 +498,29 @@ def _several_writers(world: World) -> Iterator[Attack]:
             table.unlink(missing_ok=True)
 
 
+GROUPS: tuple[Group, ...] = (
+    output_names,
+    temporary_names,
+    paths_in_a_checkpoint,
+    links_and_pipes,
+    places_of_others,
+    several_writers,
+)
+
+
 # ---------------------------------------------------------------------------------------------------------------- all
 
 
-def try_all(scratch: Path, apart: bool = False, only: str = "") -> list[tuple[Attack, Result]]:
+def try_all(
+    scratch: Path, apart: bool = False, only: Callable[[str], bool] = bool, groups: Sequence[Group] = ()
+) -> list[tuple[Attack, Result]]:
     """Run all attacks, with home and cache below the scratch folder.
 
     Args:
         scratch: A new folder.
         apart: Run each in a process of its own.
-        only: Run only those whose name contains this.
+        only: Says by its name whether an attack is run.
+        groups: Which groups of attacks; all if empty.
     """
     places = {
         "HOME": "home",
@@ -520,7 +535,7 @@ def try_all(scratch: Path, apart: bool = False, only: str = "") -> list[tuple[At
         os.environ[name] = str(scratch / place)
     leaks.clear()
     try:
-        return [(attack, judge(attack, scratch, apart)) for attack in attacks(scratch) if only in attack.name]
+        return [(attack, judge(attack, scratch, apart)) for attack in attacks(scratch, groups) if only(attack.name)]
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
@@ -532,7 +547,7 @@ def _main() -> None:
     parser.add_argument("--only", default="", metavar="TEXT", help="run only the attacks whose name contains this")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="destroy-") as name:
-        results = try_all(Path(name).resolve(), not options.quick, options.only)
+        results = try_all(Path(name).resolve(), not options.quick, lambda attack: options.only in attack)
     rows = [
         (
             attack.entry,

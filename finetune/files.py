@@ -293,7 +293,7 @@ def remove_ours(folder: Path, names: Sequence[str] = ()) -> None:
         ConfigError: If the folder is not ours, or holds something else.
         OSError: If it cannot be deleted.
     """
-    _require_ours(folder, (), names)
+    _require_ours(folder, (), names, empty=False)
     shutil.rmtree(folder)
 
 
@@ -314,13 +314,15 @@ def _put_in_place(partial: Path, target: Path, overwrite: bool, older: Sequence[
     shutil.rmtree(before, ignore_errors=True)
 
 
-def _require_ours(folder: Path, older: Sequence[Unmarked], names: Sequence[str] = (), called: Path | None = None) -> None:
-    """Raise unless a folder is empty, or ours and without anything else in it."""
+def _require_ours(
+    folder: Path, older: Sequence[Unmarked], names: Sequence[str] = (), called: Path | None = None, empty: bool = True
+) -> None:
+    """Raise unless a folder is ours and without anything else in it, or, where that will do, empty."""
     called = called or folder
     advice = "give another --out, or move it away yourself"
     if folder.is_symlink() or not folder.is_dir():
         raise ConfigError(f"{called} is no folder that resnet-finetune wrote and is not replaced: {advice}.")
-    if not any(folder.iterdir()) or any(_looks_like(folder, each) for each in older):
+    if (empty and not any(folder.iterdir())) or any(_looks_like(folder, each) for each in older):
         return
     mark = _mark_of(folder)
     if mark is None:

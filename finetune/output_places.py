@@ -75,7 +75,7 @@ def require_no_links(run: Path) -> None:
         CheckpointError: If it does.
     """
     for folder in (run, *(run / name for name in (CHECKPOINTS, f"{CHECKPOINTS}/epochs", "figures", "tensorboard"))):
-        for entry in os.scandir(folder) if folder.is_dir() else ():
+        for entry in list(os.scandir(folder)) if folder.is_dir() else []:
             if not (entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False)):
                 what = "a link" if entry.is_symlink() else "no plain file"
                 raise CheckpointError(
