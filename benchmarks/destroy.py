@@ -24,6 +24,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -333,24 +334,24 @@ def paths_in_a_checkpoint(world: World) -> Iterator[Attack]:
     (folder / "backup").mkdir()
     for name in ("precious.ckpt", "other.ckpt"):
         (folder / "backup" / name).write_bytes(SECRET)
-    options = {"dirpath": str(folder / "backup"), "filename": "mine", "monitor": "val/acc", "mode": "max"}
+    options = {"dirpath": str(folder / "backup"), "filename": "mine", "monitor": "val/loss", "mode": "min"}
     own = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": options}
     (folder / "own.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [own]}}))
     from lightning.pytorch.callbacks import ModelCheckpoint
 
     path = folder / "run" / "checkpoints" / "last.ckpt"
     content = torch.load(path, weights_only=True)
-    precious, worst = f"{folder}/backup/precious.ckpt", torch.tensor(-1.0)
+    precious, worst = f"{folder}/backup/precious.ckpt", torch.tensor(1e30)
     content["callbacks"][ModelCheckpoint(**options).state_key] = {
         **dict.fromkeys(("kth_best_model_path", "best_model_path", "last_model_path"), precious),
         **dict.fromkeys(("best_model_score", "current_score", "kth_value"), worst),
         "best_k_models": {precious: worst},
         "dirpath": str(folder / "backup"),
-        "monitor": "val/acc",
+        "monitor": "val/loss",
     }
     torch.save(content, path)
     places = (f"{folder.name}/run", *(f"{folder.name}/backup/mine{end}.ckpt" for end in ("", "-v1", "-v2")))
-    args = [*_resume(folder), "--config", "own.yaml"]
+    args = [*_resume(folder), "--config", "run/config.yaml", "--config", "own.yaml"]
     yield Attack("resume, a callback of the user's names another file of its folder", 3, args, folder.name, places)
 
 
@@ -398,7 +399,7 @@ def links_and_pipes(world: World) -> Iterator[Attack]:
         yield Attack(f"{words[0]}, {name} is a link", 4, args, folder.name)
     folder = world.folder()
     shutil.copytree(folder / "run" / "checkpoints", folder / "mine" / "checkpoints")
-    for name in ("report.html", "metrics.csv", "config.yaml"):
+    for name in ("report.html", "metrics.csv"):
         (folder / "mine" / name).write_bytes(SECRET)
     args = _resume(folder)
     args[2] = "mine/checkpoints/last.ckpt"
@@ -487,7 +488,7 @@ def several_writers(world: World) -> Iterator[Attack]:
             [sys.executable, "-m", "finetune", *words], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         while first.poll() is None and not (folder / f"{out}.part.json").is_file():
-            pass
+            time.sleep(0.05)
         places = tuple(f"{folder.name}/{name}" for name in (out, f"{out}.part", f"{out}.part.json", f"{out}.part.json.part"))
         yield Attack(f"two predict --overwrite {out} at once", 4, words, folder.name, places)
         code = first.wait()
