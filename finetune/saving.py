@@ -123,9 +123,12 @@ class LastCheckpoint(Checkpoint):
         states = checkpoint.get("callbacks", {})
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.state_key in states:
-                states[callback.state_key] = own_state(
-                    callback, states[callback.state_key], checkpoint, self.path.parent.parent
-                )
+                found = own_state(callback, states[callback.state_key], checkpoint, self.path.parent.parent)
+                if isinstance(state := states[callback.state_key], dict):
+                    state.clear()
+                    state.update(found)
+                else:
+                    states[callback.state_key] = found
 
     # ------------------------------------------------------------------------------------------------------------ private
 
