@@ -401,7 +401,7 @@ def links_and_pipes(world: World) -> Iterator[Attack]:
     shutil.copytree(folder / "run" / "checkpoints", folder / "mine" / "checkpoints")
     for name in ("report.html", "metrics.csv"):
         (folder / "mine" / name).write_bytes(SECRET)
-    args = [*_resume(folder), "--config", "run/config.yaml"]
+    args = [*_resume(folder), "--config", "run/config.yaml", "--run.folder", "runs"]
     args[2] = "mine/checkpoints/last.ckpt"
     yield Attack("resume a checkpoint in a project of the user's", 4, args, folder.name, (f"{folder.name}/runs",))
 
