@@ -23,6 +23,8 @@ from finetune.check import check
 from finetune.escaping import shown
 from finetune.main import main
 
+_MISSED = "NOT FOUND"
+
 
 class Case(NamedTuple):
     """Something that is wrong with a folder: what, where, and the kind that `check` should give it."""
@@ -265,7 +267,7 @@ def table(root: Path, cases: list[Case]) -> str:
     for case in cases:
         kinds = [finding.kind for finding in found if finding.file == case.file]
         said = ", ".join(sorted(set(kinds), key=lambda kind: kind != case.kind))
-        rows.append((case.what, shown(case.file), said or "NOTHING", "yes" if case.kind in kinds else "NO"))
+        rows.append((case.what, shown(case.file), said or "NOTHING", "yes" if case.kind in kinds else _MISSED))
     return tabulate(rows, ["damage", "where", "what check says", "right"], disable_numparse=True)
 
 
@@ -274,7 +276,8 @@ def _main() -> None:
         os.environ["RESNET_FINETUNE_CACHE"] = f"{folder}/cache"
         root = Path(folder, "photos")
         cases = damaged_folder(root)
-        print(f"{table(root, cases)}\n{len(cases)} cases of {len({case.kind for case in cases})} kinds\n")
+        found = table(root, cases)
+        print(f"{found}\n{len(cases)} cases of {len({case.kind for case in cases})} kinds\n")
         for case in broken_layouts(Path(folder, "layouts")):
             (finding,) = [each for each in check(Path(folder, "layouts", case.file)).findings if each.kind == "layout"]
             print(f"{case.what}: {finding.kind}: {finding.detail.replace(folder, '')}")
@@ -297,6 +300,7 @@ def _main() -> None:
             main(["fit", *options])
         except SystemExit as end:
             print(f"fit with --data.on_error raise ended, exit code {end.code}", file=sys.stderr)
+        raise SystemExit(int(_MISSED in found))
 
 
 if __name__ == "__main__":

@@ -175,6 +175,7 @@ def _main() -> None:
             shutil.rmtree(folder / "runs", ignore_errors=True)
         os.chdir(before)
     print(tabulate(rows, ["file", "what it is", "exit code", "code ran", "message"], maxcolwidths=[None, None, None, None, 90]))
+    raise SystemExit(int(any(row[3] == "RAN" for row in rows)))
 
 
 if __name__ == "__main__":

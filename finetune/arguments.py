@@ -151,7 +151,11 @@ def _take(words: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
 
 def _config_of(checkpoint: Path) -> Path:
     home = run_of(checkpoint)
-    kept = [] if home is None else [path for path in (home / RESUMED_CONFIG, home / CONFIG) if path.is_file()]
+    kept = (
+        []
+        if home is None
+        else [path for path in (home / RESUMED_CONFIG, home / CONFIG) if path.is_file() and not path.is_symlink()]
+    )
     if not kept:
         raise ConfigError(f"There is no {CONFIG} of a run beside {checkpoint}: name the configuration with --config FILE.")
     return kept[0]

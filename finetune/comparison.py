@@ -16,7 +16,7 @@ from finetune.durations import duration
 from finetune.errors import ConfigError
 from finetune.figure_style import style_of
 from finetune.figures import split_metrics
-from finetune.page import drawn, render, value_text, write_page
+from finetune.page import drawn, render, require_own_page, value_text, write_page
 from finetune.report import REPORT, write_report
 from finetune.run_files import OF_TARGET, Curve, RunFiles, find_run, flat
 
@@ -26,39 +26,44 @@ _UNTOLD = ("run.", "trainer.logger", "trainer.callbacks", "trainer.default_root_
 _MOST_CURVES = 6
 
 
-def compare(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str] = COMPARISON) -> Path:
+def compare(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str] = COMPARISON, overwrite: bool = False) -> Path:
     """Write a page that compares runs.
 
     Args:
         runs: Their folders, two or more.
-        out: Where to write.
+        out: Where to write; a page of this package is replaced.
+        overwrite: Replace any file.
 
     Returns:
         The file.
 
     Raises:
-        ConfigError: If there are fewer than two runs, or the page cannot be written.
+        ConfigError: If there are fewer than two runs, the page cannot be written, or another file is there.
     """
     files = [RunFiles(run) for run in dict.fromkeys(Path(run).absolute() for run in runs)]
     if len(files) < 2:
         raise ConfigError(f"Expected at least two different runs to compare, found {len(files)}. Name another one.")
     path = Path(out)
-    return write_page(path, render("comparison.html", **content(files, path.absolute().parent)))
+    require_own_page(path, overwrite)
+    return write_page(path, render("comparison.html", **content(files, path.absolute().parent)), overwrite)
 
 
-def report(runs: Sequence[str], out: str | None = None) -> Path:
+def report(runs: Sequence[str], out: str | None = None, overwrite: bool = False) -> Path:
     """Do what `resnet-finetune report` does: write the report of a run, or compare several.
 
     Args:
         runs: Folders, or `last`.
-        out: Where to write.
+        out: Where to write; a page of this package is replaced.
+        overwrite: Replace any file.
 
     Raises:
         CheckpointError: If one of them is no run.
-        ConfigError: If the page cannot be written.
+        ConfigError: If the page cannot be written, or another file is there.
     """
     folders = [find_run(run, Path("runs")) for run in runs]
-    return write_report(folders[0], out) if len(folders) == 1 else compare(folders, out or COMPARISON)
+    if len(folders) == 1:
+        return write_report(folders[0], out, overwrite)
+    return compare(folders, out or COMPARISON, overwrite)
 
 
 def content(files: Sequence[RunFiles], beside: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from finetune.console import say
 from finetune.content import contents
 from finetune.errors import ConfigError, DataError
 from finetune.escaping import cells, shown
-from finetune.files import MARK, Unmarked, new_folder, require_free_folder
+from finetune.files import MARK, Unmarked, inside, new_folder, require_free_folder
 from finetune.folders import SPLITS, Split
 from finetune.labelled import Labelled, own_pictures, pictures_in
 from finetune.outcomes import Outcome, write_outcome
@@ -104,7 +104,7 @@ def evaluate(
     }
     with new_folder(target, overwrite, _OLDER) as partial:
         _write_tables(partial, outcome, report)
-        files = RunFiles(run_of(trained.path) or target)
+        files = RunFiles(run_of(trained.path) or target, pictures.root)
         files.outcomes = {pictures.name: outcome}
         write_report(files, partial / "report.html")
     say(shown(_text(outcome, found, threshold, pictures.name, predictor.trained.temperature), keep="\n"))
@@ -175,8 +175,7 @@ def _count_trained_on(model: Path, pictures: Labelled, workers: int | None) -> i
 
 
 def _place(model: Path, pictures: Labelled) -> Path:
-    name = "-".join(Path(pictures.name).name.split())
-    return (run_of(model) or model.parent) / "evaluation" / name
+    return inside(run_of(model) or model.parent, "evaluation", pictures.output)
 
 
 def _calibrate(raw: Predictor, workers: int | None, tell: bool) -> None:

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from finetune.console import say
 from finetune.errors import ConfigError, DataError, did_you_mean
+from finetune.files import atomic_write, require_free
 from finetune.grad_cam import look
 from finetune.labelled import Labelled, data_of, pictures_in, why_no_images
 from finetune.outcomes import Floats, Ints, read_outcome
 from finetune.predictor import Answer, Prediction, Predictor
-from finetune.run_files import EXPLAINED
+from finetune.run_files import EXPLAINED, RunFiles
 from finetune.runs import run_of
 from finetune.scores import worst_mistakes
 from finetune.stages import require_stage
@@ -162,8 +163,8 @@ def explain(
     target = Path(out)
     pages = [files[at : at + _PER_PAGE] for at in range(0, len(files), _PER_PAGE)]
     places = [target / f"explained-{number:02d}.png" for number in range(1, len(pages) + 1)]
-    if not overwrite and (there := [path for path in places if path.exists()]):
-        raise ConfigError(f"{there[0]} exists already and is not overwritten: give another --out, or --overwrite.")
+    for place in places:
+        require_free(place, overwrite)
     number = None if label is None else _number(label, predictor.classes)
     alike = _neighbours(predictor, files, among, neighbours)
     target.mkdir(parents=True, exist_ok=True)
@@ -171,7 +172,7 @@ def explain(
     for index, (page, place) in enumerate(zip(pages, places, strict=True)):
         seen = see(predictor, page, stage, number)
         differ += sum(each.file in true and true[each.file].said != each.labels[0] for each in seen.predictions)
-        _draw(predictor, seen, alike, index * _PER_PAGE, true, label).savefig(place, dpi=110)
+        _write_figure(_draw(predictor, seen, alike, index * _PER_PAGE, true, label), place)
     if differ:
         say(
             f"note: for {differ} of the {len(files)} images the model says something else than the run's table of predictions: "
@@ -195,7 +196,7 @@ def draw_mistakes(run: Path, most: int = 6) -> Path | None:
     true = _mistakes(predictor, most)
     if not true:
         return None
-    _draw(predictor, see(predictor, list(true)), None, 0, true).savefig(run / EXPLAINED, dpi=110)
+    _write_figure(_draw(predictor, see(predictor, list(true)), None, 0, true), run / EXPLAINED)
     return run / EXPLAINED
 
 
@@ -216,11 +217,15 @@ def _mistakes(predictor: Predictor, most: int) -> dict[str, _Row]:
             "folder. Name pictures instead of --mistakes."
         )
     outcome = read_outcome(tables[0])
-    said = outcome.predicted
-    return {
+    said, files = outcome.predicted, RunFiles(tables[0].parent)
+    found = {
         outcome.files[i]: _Row(outcome.classes[outcome.labels[i]], outcome.classes[said[i]])
         for i in worst_mistakes(outcome, most)
     }
+    inside = {str(path): row for file, row in found.items() if (path := files.picture(file)) is not None}
+    if found and not inside:
+        raise DataError(f"{tables[0]} names images outside of the run's data {files.data_root}, which are not read.")
+    return inside
 
 
 def _neighbours(predictor: Predictor, files: Sequence[str], among: str | None, number: int | None) -> Neighbours | None:
@@ -275,6 +280,11 @@ def _draw(
             similarity = alike.similarities[first + row][rank]
             _show(axes[row][2 + rank], predictor.inputs(other)[0], f"{predictor.classes[number]}\n{similarity:.2f}")
     return figure
+
+
+def _write_figure(figure: Figure, path: Path) -> None:
+    with atomic_write(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")
 
 
 def caption(prediction: Prediction, known: _Row | None = None, label: str | None = None) -> str:

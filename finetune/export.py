@@ -18,7 +18,7 @@ from finetune import checkpoints
 from finetune.backbones import create_model
 from finetune.console import say
 from finetune.errors import ConfigError, DataError, did_you_mean
-from finetune.files import MARK, Unmarked, new_folder, require_free_folder
+from finetune.files import MARK, Unmarked, inside, new_folder, require_free_folder
 from finetune.labelled import data_of, why_no_images
 from finetune.model_card import write_model_card
 from finetune.module import FinetuneModule
@@ -118,7 +118,7 @@ def export(
     trained = open_trained(model, "cpu", temperature)
     module = trained.require_module()
     say(describe_trained(trained))
-    folder = Path(out) if out else (run_of(trained.path) or trained.path.parent) / "export" / format
+    folder = Path(out) if out else inside(run_of(trained.path) or trained.path.parent, "export", format)
     require_free_folder(folder, overwrite, _OLDER)
     files, where = _pictures_of(trained, pictures)
     with new_folder(folder, overwrite, _OLDER) as partial:

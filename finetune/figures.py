@@ -112,10 +112,10 @@ def _of_outcome(files: RunFiles) -> dict[str, Figure]:
 
 def _of_pictures(files: RunFiles) -> dict[str, Figure]:
     found = {}
-    seen = thumbnail(files.folder / AUGMENTED, side=1200)
+    seen = _drawn(files, AUGMENTED, 1200)
     if seen is not None:
         found["augmented"] = outcomes.picture_grid("Training pictures as the network sees them", [seen], [""], size=4.4)
-    explained = thumbnail(files.folder / EXPLAINED, side=1600)
+    explained = _drawn(files, EXPLAINED, 1600)
     if explained is not None:
         found["explained"] = outcomes.picture_grid("Where the model looked in its worst mistakes", [explained], [""], size=6)
     outcome = next(iter(files.outcomes.values()), None)
@@ -123,9 +123,15 @@ def _of_pictures(files: RunFiles) -> dict[str, Figure]:
     if outcome is not None and worst:
         said = [f"→ {outcome.classes[outcome.predicted[i]]} {100 * outcome.confidence[i]:.0f} %" for i in worst]
         captions = [f"{outcome.classes[outcome.labels[i]]}\n{text}" for i, text in zip(worst, said, strict=True)]
-        shown = [thumbnail(files.data_root / outcome.files[i]) for i in worst]
+        paths = [files.picture(outcome.files[i]) for i in worst]
+        shown = [None if path is None else thumbnail(path) for path in paths]
         found["mistakes"] = outcomes.picture_grid("The worst mistakes", shown, captions, columns=4)
     return found
+
+
+def _drawn(files: RunFiles, name: str, side: int) -> np.ndarray | None:
+    path = files.image(name)
+    return None if path is None else thumbnail(path, side)
 
 
 # ------------------------------------------------------------------------------------------------------------- rendering

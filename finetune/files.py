@@ -14,6 +14,7 @@ import os
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -28,8 +29,8 @@ MARK = ".resnet-finetune"
 
 _FORMAT = 1
 _MOST_BYTES = 2**22  # of a mark; it lists the files of one export or evaluation
-_NO_LINKS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
-_NO_WAITING = getattr(os, "O_NONBLOCK", 0)  # a pipe without a writer would be waited for
+_EXCLUSIVE = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+_NO_WAITING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)  # as for a pipe
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,14 @@ def require_free(target: Path, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path, sync: bool = True) -> Iterator[Path]:
     """Give a temporary file to write, which takes the place of `path` when it is complete; after an error `path` is unchanged.
 
     A link at `path` is replaced; the file behind it is not touched.
+
+    Args:
+        path: The file.
+        sync: Wait until the content is on the disk, so that it also survives a loss of power.
 
     Raises:
         OSError: If it cannot be written, or `path` is a device, a pipe or a folder.
@@ -83,16 +88,17 @@ def atomic_write(path: Path) -> Iterator[Path]:
     partial = _exclusive_file(path)
     try:
         yield partial
-        with partial.open("r+b") as file:
-            os.fsync(file.fileno())
+        if sync:
+            with partial.open("r+b") as file:
+                os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a small file, text as UTF-8, so that it is complete or unchanged."""
-    with atomic_write(path) as partial:
+def write_atomically(path: Path, content: str | bytes, sync: bool = True) -> None:
+    """Write a small file, text as UTF-8, so that it is complete or unchanged, see `atomic_write`."""
+    with atomic_write(path, sync) as partial:
         partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
@@ -107,16 +113,24 @@ def remove_leftovers(path: Path) -> None:
                 os.unlink(entry.path)
 
 
-def open_plain(path: str | os.PathLike[str]) -> int:
-    """Open a file for reading and return its descriptor; the last part of its path may be no link.
+def open_plain(path: str | os.PathLike[str], follow: bool = False) -> int:
+    """Open a file for reading and return its descriptor.
+
+    Args:
+        path: The file.
+        follow: Follow a link at the end of the path.
 
     Raises:
-        OSError: If it is missing, a link, or anything but a plain file, such as a pipe that reading would wait for.
+        OSError: If it is missing, a link that is not followed, or anything but a plain file, such as a pipe that reading would
+            wait for.
     """
-    descriptor = os.open(path, os.O_RDONLY | _NO_LINKS | _NO_WAITING)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    links = 0 if follow else getattr(os, "O_NOFOLLOW", 0)
+    descriptor = os.open(path, os.O_RDONLY | links | _NO_WAITING)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "It is no plain file", os.fspath(path))
+        number, text = (errno.EISDIR, "Is a directory") if stat.S_ISDIR(mode) else (errno.EINVAL, "It is no plain file")
+        raise OSError(number, text, os.fspath(path))
     return descriptor
 
 
@@ -146,11 +160,47 @@ def _temporary(path: Path, ending: str) -> Path:
 
 def _exclusive_file(path: Path) -> Path:
     partial = _temporary(path, "part")
-    os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY | _NO_LINKS, 0o666))
+    os.close(os.open(partial, _EXCLUSIVE, 0o666))
     return partial
 
 
 # --------------------------------------------------------------------------------------------------------------- folders
+
+
+def file_name_of(path: str | os.PathLike[str], more: str = "") -> str:
+    """Return a name for an output that is called after a path: one plain part, never empty, `.` or `..`.
+
+    >>> file_name_of("photos/my birds/"), file_name_of("/"), file_name_of("/data/photos/c0/.."), file_name_of("photos", "test")
+    ('my-birds', 'images', 'photos', 'photos-test')
+    """
+    name = os.path.basename(os.path.abspath(path))
+    plain = "".join(letter if letter.isprintable() and letter not in "/\\:" else " " for letter in name)
+    words = [*plain.lstrip(".- ").split(), *more.split()]
+    return "-".join(words)[:80] if plain.strip(".- ") else "-".join(["images", *more.split()])
+
+
+def inside(folder: Path, *parts: str) -> Path:
+    """Return a path in a folder, for something to be written there.
+
+    Raises:
+        ConfigError: If a folder on the way is a link, so that it would be written elsewhere.
+    """
+    path = folder
+    for part in parts[:-1]:
+        path /= part
+        if path.is_symlink():
+            raise ConfigError(f"{path} is a link, which is not followed: give another --out, or replace it by a folder.")
+    return path / parts[-1]
+
+
+@contextlib.contextmanager
+def temporary_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """Give a new folder with a random name, which is deleted at the end."""
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def is_ours(folder: Path, older: Sequence[Unmarked] = ()) -> bool:
@@ -216,6 +266,8 @@ def new_folder(target: Path, overwrite: bool = False, older: Sequence[Unmarked] 
         ConfigError: If it cannot be written, or there is something that may not be replaced.
     """
     require_free_folder(target, overwrite, older)
+    if target.name in ("", ".."):  # such as `.`, which has no name to make another from
+        target = target.resolve()
     partial = _temporary(target, "part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -241,7 +293,7 @@ def remove_ours(folder: Path, names: Sequence[str] = ()) -> None:
         ConfigError: If the folder is not ours, or holds something else.
         OSError: If it cannot be deleted.
     """
-    _require_ours(folder, (), names)
+    _require_ours(folder, (), names, empty=False)
     shutil.rmtree(folder)
 
 
@@ -262,13 +314,15 @@ def _put_in_place(partial: Path, target: Path, overwrite: bool, older: Sequence[
     shutil.rmtree(before, ignore_errors=True)
 
 
-def _require_ours(folder: Path, older: Sequence[Unmarked], names: Sequence[str] = (), called: Path | None = None) -> None:
-    """Raise unless a folder is empty, or ours and without anything else in it."""
+def _require_ours(
+    folder: Path, older: Sequence[Unmarked], names: Sequence[str] = (), called: Path | None = None, empty: bool = True
+) -> None:
+    """Raise unless a folder is ours and without anything else in it, or, where that will do, empty."""
     called = called or folder
     advice = "give another --out, or move it away yourself"
     if folder.is_symlink() or not folder.is_dir():
         raise ConfigError(f"{called} is no folder that resnet-finetune wrote and is not replaced: {advice}.")
-    if not any(folder.iterdir()) or any(_looks_like(folder, each) for each in older):
+    if (empty and not any(folder.iterdir())) or any(_looks_like(folder, each) for each in older):
         return
     mark = _mark_of(folder)
     if mark is None:

@@ -22,6 +22,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from finetune.errors import DataError
+from finetune.files import open_plain
 from finetune.tiff import TIFF_STARTS, GreyTiff, describe_tiff, grey_of_tiff, read_tags
 
 IMAGE_SUFFIXES = frozenset(
@@ -139,7 +140,7 @@ def open_file(path: str) -> Image.Image:
 
 def _read_bytes(path: str | os.PathLike[str]) -> bytearray:
     try:
-        with open(path, "rb") as file:
+        with os.fdopen(open_plain(path, follow=True), "rb") as file:
             data = bytearray(os.fstat(file.fileno()).st_size)
             del data[file.readinto(data) :]
     except OSError as error:

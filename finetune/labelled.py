@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from finetune import checkpoints
 from finetune.data import FolderDataModule
 from finetune.errors import DataError, did_you_mean
+from finetune.files import file_name_of
 from finetune.folders import SPLITS, Split, read_classes, split_folders
 from finetune.run_split import split_in
 from finetune.walk import existing
@@ -26,6 +27,7 @@ class Labelled(NamedTuple):
     Attributes:
         root: The folder that they lie in.
         name: What they are, such as `photos test`.
+        output: The name of a folder for what is found out about them.
         files: Paths.
         labels: Numbers of their classes.
     """
@@ -34,6 +36,7 @@ class Labelled(NamedTuple):
     name: str
     files: list[str]
     labels: list[int]
+    output: str = "images"
 
 
 def data_of(checkpoint: Path) -> FolderDataModule | None:
@@ -101,7 +104,7 @@ def own_pictures(checkpoint: Path, classes: tuple[str, ...], split: Split | None
         data.tell_changes()
     if not files:
         raise DataError(f"{data.root} has no pictures in the split '{split}'. Give another --split, or name a folder.")
-    return Labelled(data.folder.root, f"{data.root} {split}", files, data.labels(split))
+    return Labelled(data.folder.root, f"{data.root} {split}", files, data.labels(split), file_name_of(data.root, split))
 
 
 def pictures_in(root: str | os.PathLike[str], classes: tuple[str, ...], split: Split | None = None) -> Labelled:
@@ -123,14 +126,14 @@ def pictures_in(root: str | os.PathLike[str], classes: tuple[str, ...], split: S
     if splits == {"train": ""}:
         if split is not None:
             raise DataError(f"{folder} is not split into train, val and test: leave --split out to measure on all of it.")
-        sub, name = "", str(root)
+        sub, name, output = "", str(root), file_name_of(folder)
     else:
         wanted = split or next((each for each in reversed(SPLITS) if each in splits), "train")
         if wanted not in splits:
             raise DataError(f"{folder} has no split '{wanted}', it has: {', '.join(splits)}. Give another --split.")
-        sub, name = splits[wanted], f"{root} {wanted}"
+        sub, name, output = splits[wanted], f"{root} {wanted}", file_name_of(folder, wanted)
     files, labels = _labelled(folder, sub, classes, skipped)
-    return Labelled(folder / sub, name, files, labels)
+    return Labelled(folder / sub, name, files, labels, output)
 
 
 def _labelled(root: Path, split: str, classes: tuple[str, ...], skipped: Counter[str]) -> tuple[list[str], list[int]]:

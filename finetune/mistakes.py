@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from finetune.outcomes import Outcome, read_outcome
+from finetune.run_files import path_within
 from finetune.scores import confused_pairs, worst_mistakes
 
 VALIDATION = "predictions.val.csv"
@@ -19,7 +19,7 @@ class Mistake(NamedTuple):
     """A picture that was taken for another class.
 
     Attributes:
-        path: The picture.
+        path: The picture; None if it lies outside the root.
         file: Its name in the table of predictions.
         true: Its class.
         said: The class that it was taken for.
@@ -28,7 +28,7 @@ class Mistake(NamedTuple):
         why: Why it was chosen.
     """
 
-    path: Path
+    path: Path | None
     file: str
     true: str
     said: str
@@ -72,5 +72,5 @@ def choose(outcome: Outcome, worst: int = _WORST, pairs: int = _PAIRS, examples:
 def _mistake(outcome: Outcome, index: int, why: str, root: str | None) -> Mistake:
     row, label = outcome.probabilities[index], int(outcome.labels[index])
     said, file = int(row.argmax()), outcome.files[index]
-    path = Path(os.path.join(root or "", file))
+    path = path_within(Path(root), file) if root else Path(file)
     return Mistake(path, file, outcome.classes[label], outcome.classes[said], float(row[said]), float(row[label]), why)

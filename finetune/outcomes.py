@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from finetune.errors import DataError
 from finetune.escaping import cell, cells, from_cell
-from finetune.files import atomic_write
+from finetune.files import atomic_write, open_plain
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Ints: TypeAlias = npt.NDArray[np.int64]
@@ -75,7 +75,7 @@ def read_outcome(path: str | os.PathLike[str]) -> Outcome:
         DataError: If it is missing or another kind of table.
     """
     try:
-        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as handle:
+        with os.fdopen(open_plain(path), newline="", encoding="utf-8", errors="surrogateescape") as handle:
             reader = csv.reader(handle)
             header = next(reader, [])
             rows = list(reader)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 from datetime import datetime
 from pathlib import Path
@@ -11,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 from finetune.durations import duration
 from finetune.errors import ConfigError
 from finetune.figures import svg
-from finetune.files import write_atomically
+from finetune.files import read_plain, require_free, write_atomically
 from finetune.version import __version__
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TEMPLATES = Path(__file__).parent / "templates"
+_GENERATOR = b'<meta name="generator" content="resnet-finetune '
+_MOST_BYTES = 2**28  # of a page that is looked into
 
 
 def render(template: str, **content: Any) -> str:
@@ -53,12 +56,29 @@ def drawn(figures: dict[str, Figure]) -> dict[str, Any]:
     return {name: Markup(svg(figure, f"{name}-figure")) for name, figure in figures.items()}
 
 
-def write_page(path: Path, html: str) -> Path:
-    """Write a page; letters that no text can hold, as in the name of a file in another encoding, become question marks.
+def require_own_page(path: Path, overwrite: bool = False) -> None:
+    """Raise if a page must not be written at a path: pages of this package are replaced, other files are not.
 
     Raises:
-        ConfigError: If it cannot be written.
+        ConfigError: If another file is there.
     """
+    with contextlib.suppress(OSError):
+        overwrite = overwrite or _GENERATOR in read_plain(path, _MOST_BYTES)[:4096]
+    require_free(path, overwrite)
+
+
+def write_page(path: Path, html: str, overwrite: bool = False) -> Path:
+    """Write a page; letters that no text can hold, as in the name of a file in another encoding, become question marks.
+
+    Args:
+        path: Where to; a page of this package is replaced.
+        html: The page.
+        overwrite: Replace any file.
+
+    Raises:
+        ConfigError: If it cannot be written, or another file is there.
+    """
+    require_own_page(path, overwrite)
     try:
         write_atomically(path, html.encode("utf-8", "replace"))
     except OSError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 from pathlib import Path
 
 from finetune.errors import ConfigError, did_you_mean
@@ -75,9 +75,14 @@ def copy_recipe(name: str, target: Path) -> str:
     names = [*recipe_names(), SWEEP]
     if name not in names:
         raise ConfigError(f"There is no recipe '{name}'.{did_you_mean(name, names)} There are: {', '.join(names)}.")
-    if target.exists():
+    if os.path.lexists(target):  # also a link to nothing, which would be written through
         raise ConfigError(f"{target} exists already and is not overwritten: choose another name or remove it.")
     if not target.parent.is_dir():
         raise ConfigError(f"The folder {target.parent} does not exist: make it first.")
-    shutil.copyfile(recipes_folder() / f"{name}.yaml", target)
+    content = (recipes_folder() / f"{name}.yaml").read_bytes()
+    try:
+        with target.open("xb") as file:
+            file.write(content)
+    except OSError as error:
+        raise ConfigError(f"{target} cannot be written: {error.strerror or error}. Choose another name.") from error
     return f"wandb sweep {target}" if name == SWEEP else f"resnet-finetune fit --config {target}"

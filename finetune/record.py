@@ -21,6 +21,7 @@ Epochs are counted from 0, as in `metrics.csv`. What is not known is null, or an
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -207,8 +208,18 @@ def describe_data(data: Any, module: Any = None) -> dict[str, Any]:
         }
     root = getattr(data, "root", None)
     names = getattr(data, "classes", None) or getattr(module, "class_names", None) or []
-    root = os.path.abspath(root) if isinstance(root, str | os.PathLike) else None
+    root = os.path.abspath(root) if isinstance(root, str | os.PathLike) else _root_of_files(getattr(data, "files", None))
     return {"root": root, "classes": [str(name) for name in names], "counts": {}, "fingerprint": None}
+
+
+def _root_of_files(files: Any) -> str | None:
+    """Return the folder that all validation images lie in, where a data module knows their files."""
+    if not callable(files):
+        return None
+    with contextlib.suppress(Exception):  # it is somebody else's code
+        paths = [os.path.dirname(os.path.abspath(path)) for path in files("val")]
+        return os.path.commonpath(paths) if paths else None
+    return None
 
 
 def fingerprint(folder: PictureFolder) -> str:

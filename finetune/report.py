@@ -12,13 +12,15 @@ from typing import Any
 from finetune import scores
 from finetune.durations import duration
 from finetune.figures import of_run
+from finetune.files import read_plain
 from finetune.outcomes import Outcome
-from finetune.page import drawn, render, value_text, write_page
+from finetune.page import drawn, render, require_own_page, value_text, write_page
 from finetune.run_files import AUGMENTED, EXPLAINED, RunFiles, flat
 from finetune.runs import CHECKPOINTS, CONFIG, as_typed
 from finetune.thumbnails import data_uri, thumbnail
 
 REPORT = "report.html"
+_MOST_BYTES = 2**25  # of an image that is shown as it is
 MISTAKES = 24
 _RESAMPLES, _MOST_CELLS = 200, 2_000_000  # pictures times classes up to which intervals take a moment only
 _METRICS = {
@@ -45,21 +47,27 @@ _OPTIONS = {
 }
 
 
-def write_report(run: str | os.PathLike[str] | RunFiles, out: str | os.PathLike[str] | None = None) -> Path:
+def write_report(
+    run: str | os.PathLike[str] | RunFiles, out: str | os.PathLike[str] | None = None, overwrite: bool = False
+) -> Path:
     """Write the report of a run, which may be going on, have ended, or have been killed.
 
     Args:
         run: The run's folder, or its files.
-        out: Where to write; `report.html` in the run's folder if None.
+        out: Where to write; `report.html` in the run's folder if None. That one and other pages of this package are replaced.
+        overwrite: Replace any file.
 
     Returns:
         The file.
 
     Raises:
-        ConfigError: If it cannot be written.
+        ConfigError: If it cannot be written, or another file is there.
     """
     files = run if isinstance(run, RunFiles) else RunFiles(run)
-    return write_page(Path(out or files.folder / REPORT), render("report.html", **content(files)))
+    path = Path(out or files.folder / REPORT)
+    overwrite = overwrite or path.absolute() == files.folder.absolute() / REPORT
+    require_own_page(path, overwrite)
+    return write_page(path, render("report.html", **content(files)), overwrite)
 
 
 def content(files: RunFiles) -> dict[str, Any]:
@@ -90,10 +98,10 @@ def content(files: RunFiles) -> dict[str, Any]:
         "metric_rows": rows,
         "intervals": any(cell["range"] for row in rows for cell in row["cells"]),
         "classes": [] if outcome is None else list(_classes(outcome)),
-        "mistakes": [] if outcome is None else list(_mistakes(outcome, files.data_root)),
+        "mistakes": [] if outcome is None else list(_mistakes(outcome, files)),
         "wrong": wrong,
         "commands": list(_commands(files)),
-        "config": _config_text(files),
+        "config": files.config_text,
         "versions": list(_versions(files)),
     }
 
@@ -204,8 +212,10 @@ def _phases(files: RunFiles) -> Iterator[dict[str, Any]]:
 
 
 def _picture(files: RunFiles, name: str) -> str | None:
-    file = files.folder / name
-    return data_uri(file.read_bytes()) if file.is_file() else None
+    try:
+        return data_uri(read_plain(files.folder / name, _MOST_BYTES))
+    except OSError:
+        return None
 
 
 # -------------------------------------------------------------------------------------------------------------- results
@@ -257,9 +267,10 @@ def _classes(outcome: Outcome) -> Iterator[dict[str, Any]]:
         }
 
 
-def _mistakes(outcome: Outcome, root: Path) -> Iterator[dict[str, Any]]:
+def _mistakes(outcome: Outcome, files: RunFiles) -> Iterator[dict[str, Any]]:
     for index in scores.worst_mistakes(outcome, MISTAKES):
-        picture = thumbnail(root / outcome.files[index])
+        path = files.picture(outcome.files[index])
+        picture = None if path is None else thumbnail(path)
         said = int(outcome.predicted[index])
         yield {
             "image": None if picture is None else data_uri(picture),
@@ -288,13 +299,6 @@ def _commands(files: RunFiles) -> Iterator[dict[str, str]]:
         yield {"name": "Go on from its last checkpoint", "text": f"resnet-finetune fit --ckpt_path {run}"}
     if kept and files.outcomes:  # it names classes
         yield {"name": "Use it", "text": f"resnet-finetune predict {run} PICTURES --out predictions.csv"}
-
-
-def _config_text(files: RunFiles) -> str:
-    try:
-        return (files.folder / CONFIG).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
 
 
 def _versions(files: RunFiles) -> Iterator[tuple[str, str]]:

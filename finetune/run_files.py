@@ -20,6 +20,7 @@ import numpy as np
 import yaml
 
 from finetune.errors import CheckpointError, FinetuneError, did_you_mean
+from finetune.files import read_plain
 from finetune.outcomes import Outcome, read_outcome
 from finetune.runs import CHECKPOINTS, CONFIG, RESUMED_CONFIG
 from finetune.sample import BUILT_IN
@@ -32,6 +33,7 @@ RATE = "lr/"
 OF_TARGET = ("oracle/", "target/")
 """How metrics begin that were measured on the target of an adaptation: with its labels, and without."""
 _OF_TARGET_TEST = "oracle/target_test"
+_MOST_BYTES = 2**30  # of a table
 
 Row = dict[str, str]
 
@@ -55,11 +57,13 @@ class RunFiles:
     """The files of a run, each read when it is first asked for.
 
     Args:
-        folder: The run's folder.
+        folder: The run's folder. Links in it are not followed: a report would show what they lead to.
+        root: The folder of the images; where the record says if None.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], root: Path | None = None) -> None:
         self.folder = Path(folder)
+        self._root = root
 
     @cached_property
     def record(self) -> dict[str, Any]:
@@ -205,9 +209,31 @@ class RunFiles:
     @property
     def data_root(self) -> Path:
         """The folder that the paths of pictures start from."""
+        if self._root is not None:
+            return self._root
         recorded = (self.record.get("data") or {}).get("root")
         root = str(recorded or dict(flat(self.config)).get("data.root") or ".")
         return BUILT_IN[root]() if root in BUILT_IN else Path(root).expanduser()
+
+    def picture(self, file: str) -> Path | None:
+        """Return the path of an image that a table of predictions names; None if it lies outside the data of the run.
+
+        Args:
+            file: A path, absolute or relative to the root of the data.
+        """
+        target = ((self.record.get("data") or {}).get("target") or {}) if self._root is None else {}
+        roots = [self.data_root, *([Path(str(target["root"]))] if target.get("root") else [])]
+        return next((path for root in roots if (path := path_within(root, file)) is not None), None)
+
+    def image(self, name: str) -> Path | None:
+        """Return the path of an image that the run drew into its folder; None if it is missing or a link."""
+        path = self.folder / name
+        return path if path.is_file() and not path.is_symlink() else None
+
+    @property
+    def config_text(self) -> str:
+        """The configuration as it stands in its file, empty if there is none."""
+        return _text(self.folder / CONFIG)
 
     @cached_property
     def outcomes(self) -> dict[str, Outcome]:
@@ -307,6 +333,23 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield path, value
 
 
+def path_within(root: Path, file: str) -> Path | None:
+    r"""Return a path in a folder, or None if it leads out of it.
+
+    Args:
+        root: The folder.
+        file: A path, absolute or relative to the folder. Links in the folder are those of its owner, and are followed.
+
+    >>> path_within(Path("/data"), "val/1.png"), path_within(Path("/data"), "/data/1.png")
+    (PosixPath('/data/val/1.png'), PosixPath('/data/1.png'))
+    >>> path_within(Path("/data"), "../1.png"), path_within(Path("/data"), "/etc/1.png"), path_within(Path("/data"), "a\0b")
+    (None, None, None)
+    """
+    home, path = os.path.abspath(root), os.path.abspath(os.path.join(root, file))
+    inside = path.startswith(os.path.join(home, "")) and "\0" not in file
+    return Path(path) if inside else None
+
+
 def _curve(points: list[tuple[float, float]]) -> Curve:
     x, y = np.array(sorted(points, key=lambda point: point[0]), dtype=float).reshape(-1, 2).T
     return Curve(x, y)
@@ -331,6 +374,6 @@ def _rows(path: Path) -> Iterator[Row]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        return read_plain(path, _MOST_BYTES).decode("utf-8", "replace").replace("\r\n", "\n")
     except OSError:
         return ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import glob
 import itertools
 import os
 import shlex
@@ -11,7 +12,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping
 from datetime import datetime
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -40,6 +41,24 @@ def as_typed(path: Path) -> str:
     return str(whole.relative_to(Path.cwd()) if whole.is_relative_to(Path.cwd()) else whole)
 
 
+def run_home(root: Path, name: str) -> Path:
+    """Return the folder of the runs of a name: below the folder of all runs.
+
+    Raises:
+        ConfigError: If the name would lead elsewhere.
+
+    >>> run_home(Path("runs"), "birds/small").as_posix()
+    'runs/birds/small'
+    """
+    path = PurePath(name)
+    if not path.parts or path.is_absolute() or path.drive or ".." in path.parts or not name.isprintable():
+        raise ConfigError(
+            f"Expected run.name to be a name such as 'birds', or 'birds/small', found {name!r}: runs are kept below run.folder "
+            f"({root}), and no name leads out of it. To keep them elsewhere, set --run.folder."
+        )
+    return root / path
+
+
 def new_run(root: Path, name: str, job: Path | None = None) -> Path:
     """Make the folder of a new run; two runs that start in the same second get two folders.
 
@@ -54,10 +73,11 @@ def new_run(root: Path, name: str, job: Path | None = None) -> Path:
     Raises:
         ConfigError: If the folder cannot be made.
     """
+    home = run_home(root, name)
     time = datetime.now().astimezone().strftime("%Y-%m-%d_%H-%M-%S")
-    wanted = job or root / name / time
+    wanted = job or home / time
     if getattr(rank_zero_only, "rank", 0) != 0:
-        return Path(os.environ.get(_SHARED) or job or root / name / "of the first process")
+        return Path(os.environ.get(_SHARED) or job or home / "of the first process")
     try:
         wanted.parent.mkdir(parents=True, exist_ok=True)
         run = _first_free(wanted)
@@ -90,8 +110,9 @@ def find_checkpoint(what: str, root: Path, name: str | None = None, prefer: str 
         CheckpointError: If there is none.
     """
     if what == "last":
-        single = root.glob(f"{name or '*'}/*/{CHECKPOINTS}/last.ckpt")
-        of_several = root.glob(f"{name or '*'}-*/*/*/*/{CHECKPOINTS}/last.ckpt")  # of --run.seeds, --data.folds or --compare
+        below = glob.escape(run_home(Path(), name).as_posix()) if name else "*"
+        single = root.glob(f"{below}/*/{CHECKPOINTS}/last.ckpt")
+        of_several = root.glob(f"{below}-*/*/*/*/{CHECKPOINTS}/last.ckpt")  # of --run.seeds, --data.folds or --compare
         newest = max([*single, *of_several], key=lambda path: path.stat().st_mtime, default=None)
         if newest is None:
             where = root / name if name else root

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -20,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from finetune.errors import DataError
+from finetune.files import files_in, temporary_folder
 from finetune.randomness import seed_of
 
 _SIZE, _MARGIN = 28, 2  # a digit and its black margin: what a centre crop of 87.5 % cuts off
@@ -75,12 +74,9 @@ def _made(name: str, pattern: str, number: int, write: Callable[[Path], None]) -
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".digits-", dir=folder.parent))
-        try:
+        with temporary_folder(folder.parent, ".digits-") as temporary:
             write(temporary / "new")
-            _put_in_place(temporary / "new", folder, temporary / "old", complete)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _put_in_place(temporary / "new", folder)
     except OSError as error:
         raise DataError(
             f"The built-in digits cannot be written to {folder}: {error.strerror or error}. "
@@ -89,16 +85,36 @@ def _made(name: str, pattern: str, number: int, write: Callable[[Path], None]) -
     return folder
 
 
-def _put_in_place(new: Path, folder: Path, old: Path, complete: Callable[[], bool]) -> None:
-    """Rename the new folder; of two processes that do so at once, one wins and the other takes its result."""
-    if folder.exists() and not complete():
-        with contextlib.suppress(FileNotFoundError):  # another process has just done so
-            folder.rename(old)
-    try:
-        new.rename(folder)
-    except OSError:
-        if not complete():
-            raise
+def _put_in_place(new: Path, folder: Path) -> None:
+    """Rename the new folder, or put the files into the old one that it lacks; several processes may do so at once.
+
+    Raises:
+        DataError: If the old folder holds other files: it is not ours, and nothing is written into it.
+    """
+    with contextlib.suppress(OSError):
+        if not os.path.lexists(folder):
+            new.rename(folder)
+            return
+    names = files_in(new)
+    depth = names[0].count("/")
+    others = [name for name in files_in(folder) if name not in set(names)]
+    empty = [name for name in others if name.count("/") == depth and name.endswith(".png") and _is_empty(folder / name)]
+    if folder.is_symlink() or len(others) > len(empty):
+        what = "it is a link" if folder.is_symlink() else f"it holds other files, such as {min(set(others) - set(empty))}"
+        raise DataError(
+            f"The built-in digits belong into {folder}, and {what}. Move that away, or set the environment variable "
+            "RESNET_FINETUNE_CACHE to another folder."
+        )
+    for name in empty:  # a process that was killed left it
+        (folder / name).unlink(missing_ok=True)
+    for name in names:
+        if not (folder / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(new / name, folder / name)
+
+
+def _is_empty(file: Path) -> bool:
+    return not file.is_symlink() and file.is_file() and file.stat().st_size == 0
 
 
 def _write_digits(folder: Path) -> None:

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from finetune.averaging import WiseFT
 from finetune.errors import CheckpointError
 from finetune.interrupts import STOPS, Interrupts
+from finetune.kept_states import own_state
 from finetune.room import require_room, tensor_bytes
 from finetune.runs import RunLogger
 
@@ -120,15 +121,16 @@ class LastCheckpoint(Checkpoint):
         self.interrupts.forget()
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Let the checkpoints of a run whose folder was moved be where they are now."""
-        now = self.path.parent
-        own = {str(callback.dirpath) for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)}
-        for state in checkpoint.get("callbacks", {}).values():
-            before = state.get("dirpath") if isinstance(state, Mapping) else None
-            if not isinstance(before, str):
-                continue
-            inside = Path(before).parent.name == now.name  # a folder within that of the checkpoints
-            _move(state, before if before in own else str(now / Path(before).name if inside else now))
+        """Let the states of callbacks that keep checkpoints name files in their own folders only, wherever the run lies now."""
+        states = checkpoint.get("callbacks", {})
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.state_key in states:
+                found = own_state(callback, states[callback.state_key], checkpoint, self.path.parent.parent)
+                if isinstance(state := states[callback.state_key], dict):
+                    state.clear()
+                    state.update(found)
+                else:
+                    states[callback.state_key] = found
 
     # ------------------------------------------------------------------------------------------------------------ private
 
@@ -182,21 +184,6 @@ def _between_steps(trainer: L.Trainer) -> bool:
     done = loop.batch_progress.current
     window = max(1, trainer.accumulate_grad_batches)
     return trainer.training and 0 < done.ready == done.completed and done.completed % window == 0 and not trainer.is_last_batch
-
-
-def _move(state: Any, now: str) -> None:
-    """Let all files that a callback keeps lie in one folder, whatever a checkpoint says: it deletes those that are worse."""
-
-    def moved(path: str) -> str:
-        name = Path(path).name
-        return str(Path(now, name)) if name not in ("", "..") else ""
-
-    state["dirpath"] = now
-    for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
-        if name in state:
-            state[name] = moved(state[name])
-    if "best_k_models" in state:
-        state["best_k_models"] = {moved(path): score for path, score in state["best_k_models"].items()}
 
 
 def checkpoint_bytes(trainer: L.Trainer) -> int:

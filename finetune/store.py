@@ -8,6 +8,7 @@ it; a process that is killed leaves its finished blocks to the next. The store c
                         rows         the numbers, row after row
                         done         a byte per block: 1 when its rows are written; until all are
                         lock-N       held by the process that computes block N
+                        .resnet-finetune  marks the folder as ours; what has none is never deleted
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from filelock import FileLock, Timeout
 from tabulate import tabulate
 
 from finetune.errors import DataError
-from finetune.files import write_atomically
+from finetune.files import MARK, is_ours, mark_folder, remove_ours, write_atomically
 from finetune.sample import cache_folder
 
 Rows = np.ndarray[Any, np.dtype[Any]]
@@ -40,6 +42,7 @@ Compute = Callable[[Any], Rows | list[Rows]]
 
 BLOCK = 64  # rows
 _ABOUT, _ROWS, _DONE, _LOCK = "about.json", "rows", "done", "lock"
+_NAMES = (_ABOUT, _ROWS, _DONE, _LOCK, f"{_LOCK}-*")  # all that a store may hold, beside its mark
 _VERSION = 1  # of the way from a file to a row; a change makes all that is kept void
 _FREE = 2**28  # bytes of the disk that are left alone
 
@@ -157,6 +160,7 @@ class Store:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            _mark(self.folder)
             while not self.complete:
                 self._prepare()
                 missing = self._missing()
@@ -264,22 +268,48 @@ def list_kept(root: Path | None = None, unused: float = 0.0) -> list[Kept]:
         with contextlib.suppress(OSError, ValueError):
             about = json.loads((folder / _ABOUT).read_text())
         files = [path.stat() for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
-        if files and (unused <= 0 or time.time() - max(file.st_mtime for file in files) >= unused * 86400):
+        if (
+            files
+            and _is_store(folder)
+            and (unused <= 0 or time.time() - max(file.st_mtime for file in files) >= unused * 86400)
+        ):
             size = sum(getattr(file, "st_blocks", 0) * 512 or file.st_size for file in files)
             found.append(Kept(folder, about, size, max(file.st_mtime for file in files)))
     return sorted(found, key=lambda kept: -kept.used)
 
 
 def clear(kept: Kept) -> bool:
-    """Delete a store, unless a process is making it just now; return whether it is gone."""
+    """Delete a store, unless a process is making it just now or it holds anything else; return whether it is gone."""
+    if not _is_store(kept.folder):
+        return False
     lock = FileLock(kept.folder / _LOCK)
     try:
         with lock.acquire(timeout=0):
             (kept.folder / _ABOUT).unlink(missing_ok=True)  # first: what is left must not be believed
-            shutil.rmtree(kept.folder, ignore_errors=True)
-    except Timeout:
+            _mark(kept.folder)  # of an older version, which wrote none
+            remove_ours(kept.folder, _NAMES)
+    except (Timeout, OSError):
         return False
     return not kept.folder.exists()
+
+
+def _mark(folder: Path) -> None:
+    """Mark the folder of a store, unless it has a mark or is none."""
+    if not is_ours(folder) and (not any(folder.iterdir()) or _is_store(folder)):
+        mark_folder(folder)
+
+
+def _is_store(folder: Path) -> bool:
+    """Return whether a folder is a store and nothing else: its name is a hash, and all in it are files of a store.
+
+    Versions before the mark wrote none, so the mark alone does not decide.
+    """
+    named = len(folder.name) == 32 and set(folder.name) <= set("0123456789abcdef")
+    if not named or folder.is_symlink() or not folder.is_dir():
+        return False
+    entries = [entry for entry in os.scandir(folder) if entry.name != MARK]
+    plain = all(entry.is_file(follow_symlinks=False) and any(fnmatchcase(entry.name, n) for n in _NAMES) for entry in entries)
+    return plain and (is_ours(folder) or any(entry.name == _ROWS for entry in entries))
 
 
 def kept_table(unused: float = 0.0) -> str:
@@ -306,7 +336,7 @@ def clear_kept(unused: float = 0.0) -> str:
     """Delete what was not used for so many days; return a sentence that says what is gone."""
     found = list_kept(unused=unused)
     gone = [one for one in found if clear(one)]
-    busy = f" {len(found) - len(gone)} are being made just now and stay." if len(gone) < len(found) else ""
+    busy = f" {len(found) - len(gone)} are in use or cannot be deleted, and stay." if len(gone) < len(found) else ""
     return f"Deleted {len(gone)} of {len(found)}: {format_bytes(sum(one.bytes for one in gone))} are free again.{busy}"
 
 

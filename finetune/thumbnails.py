@@ -14,6 +14,7 @@ from finetune.errors import DataError
 from finetune.images import read_image
 
 _QUALITY = 80
+_MOST_BYTES = 2**28  # of a file that is read for a small picture of it
 _PAPER, _INK = (255, 255, 255), (27, 31, 36)
 
 
@@ -25,11 +26,13 @@ def thumbnail(path: str | os.PathLike[str], side: int = 160) -> np.ndarray | Non
         side: Pixels that neither side exceeds afterwards.
 
     Returns:
-        uint8 (height, width, 3), or None if the file is missing or no picture.
+        uint8 (height, width, 3), or None if the file is missing, no picture, or very large.
     """
     try:
+        if os.path.getsize(path) > _MOST_BYTES:
+            return None
         pixels = read_image(path).permute(1, 2, 0).numpy()
-    except DataError:
+    except (DataError, OSError):
         return None
     picture = Image.fromarray(np.ascontiguousarray(pixels))
     picture.thumbnail((side, side))

@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -21,6 +22,7 @@ from finetune.errors import CheckpointError, ConfigError, FinetuneError
 from finetune.finite import require_finite
 from finetune.launchers import settle_processes
 from finetune.module import FinetuneModule
+from finetune.output_places import is_run, require_no_links, require_own_places
 from finetune.parser import instantiate
 from finetune.record import read_record
 from finetune.repeats import Repeated, plan_repeats
@@ -29,7 +31,16 @@ from finetune.resuming import progress as progress_of
 from finetune.room import is_full, unwritable
 from finetune.run_callbacks import RunCallbacks
 from finetune.run_split import split_in
-from finetune.runs import CONFIG, RESUMED_CONFIG, AtomicCheckpointIO, as_typed, new_run, only_here, run_of
+from finetune.runs import (
+    CONFIG,
+    RESUMED_CONFIG,
+    AtomicCheckpointIO,
+    as_typed,
+    new_run,
+    only_here,
+    run_home,
+    run_of,
+)
 from finetune.sample import BUILT_IN
 from finetune.split_data import SplitDataModule
 from finetune.stopping import code_of, how_to_go_on, stop_signal
@@ -144,7 +155,7 @@ class FinetuneCLI(LightningCLI):
         return found
 
     def _job_folder(self, options: Any) -> Path | None:
-        return slurm.job_folder(Path(options.folder) / (options.name or "run"), self.command)
+        return slurm.job_folder(run_home(Path(options.folder), options.name or "run"), self.command)
 
     def _look_into(self, checkpoint: Path, config: Any) -> None:
         """Read a checkpoint before anything is built or written, and say what will be continued."""
@@ -222,6 +233,8 @@ class FinetuneCLI(LightningCLI):
         given = config["callbacks"] if isinstance(config["callbacks"], list) else [config["callbacks"]]
         own_bar = config["enable_progress_bar"] and not any(isinstance(one, ProgressBar) for one in given)
         callbacks: list[L.Callback] = [progress.Bar()] if own_bar else []
+        if getattr(rank_zero_only, "rank", 0) == 0:
+            require_own_places(_as_list(config["logger"]), _as_list(config["callbacks"]), self.resumes)
         if self.subcommand == "fit" and not config["fast_dev_run"]:
             self.run_folder = self._run_folder(options)
             config["default_root_dir"] = str(self.run_folder)
@@ -243,14 +256,18 @@ class FinetuneCLI(LightningCLI):
 
     def _run_folder(self, options: RunOptions) -> Path:
         home = run_of(self.resumes) if self.resumes is not None else None
+        if home is not None and not is_run(home):
+            say_once(f"note   {as_typed(home)} is no folder of a run: what follows is kept in a new run.")
+            home = None
+        if home is not None:
+            require_no_links(home)
         return home or new_run(Path(options.folder), options.name or "run", self._job_folder(options))
 
     def _loggers(self, given: Any, options: RunOptions, run_folder: Path) -> Any:
         if given is False:
             return False
         until = None if self.resumes is None else self.done_steps
-        others = [] if given in (None, True) else given if isinstance(given, list) else [given]
-        return [*build_trackers(options, run_folder, until), *others]
+        return [*build_trackers(options, run_folder, until), *_as_list(given)]
 
     @staticmethod
     def _warn_of_emulation(precision: Any) -> None:
@@ -329,6 +346,10 @@ class FinetuneCLI(LightningCLI):
                 f"The data module {kind} defines no {name}, so there are no images for the {purpose}. Measure on a labelled "
                 f"folder: resnet-finetune evaluate {as_typed(self.resumes) if self.resumes else 'RUN'} FOLDER"
             )
+
+
+def _as_list(given: Any) -> list[Any]:
+    return [] if given in (None, True, False) else given if isinstance(given, list) else [given]
 
 
 def _with_checkpoint_io(plugins: Any) -> list[Any]:

@@ -215,10 +215,11 @@ def _report(words: Sequence[str]) -> None:
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or 'last'; several are compared")
     parser.add_argument("--out", help="where to write (default: report.html in the run's folder, or comparison.html here)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that is no page of resnet-finetune")
     options = parser.parse_args(words)
     from finetune.comparison import report
 
-    say(report(options.runs, options.out))
+    say(report(options.runs, options.out, options.overwrite))
 
 
 class Verb(NamedTuple):

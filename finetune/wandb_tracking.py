@@ -260,7 +260,7 @@ def _mistake_table(mistakes: list[Mistake]) -> Any:
 
     table = wandb.Table(columns=["picture", "file", "true", "predicted", "probability", "probability of true", "why"])
     for mistake in mistakes:
-        picture = thumbnail(mistake.path)
+        picture = None if mistake.path is None else thumbnail(mistake.path)
         shown = None if picture is None else wandb.Image(picture)
         table.add_data(shown, mistake.file, mistake.true, mistake.said, mistake.sure, mistake.right, mistake.why)
     return table

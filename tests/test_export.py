@@ -32,7 +32,7 @@ def pixels(spec):
 def test_onnx_holds_all_that_it_takes(world, capsys):
     main(["export", RUN, "--pictures", "new", "--temperature", "2"])
     folder = Path(RUN, "export", "onnx")
-    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "model.onnx"]
+    assert sorted(path.name for path in folder.iterdir()) == [".resnet-finetune", "README.md", "model.onnx"]
     said = capsys.readouterr().out
     assert "compared with the checkpoint on 5 pictures: largest difference" in said
     assert "the same class for 5 of 5 (new)" in said

@@ -5,14 +5,19 @@ import json
 import os
 import re
 import stat
+from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from finetune.errors import ConfigError
 from finetune.files import (
     MARK,
     Unmarked,
     atomic_write,
+    file_name_of,
+    inside,
     is_ours,
     mark_folder,
     new_folder,
@@ -237,6 +242,13 @@ def test_what_we_wrote_is_replaced_and_deleted_without_following_links(tmp_path)
     assert is_ours(tmp_path / "empty")
 
 
+def test_an_empty_folder_is_not_ours_to_delete(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="did not write it"):
+        remove_ours(tmp_path / "empty")
+    assert (tmp_path / "empty").is_dir()
+
+
 def test_names_that_may_come_along(tmp_path):
     (tmp_path / "store").mkdir()
     mark_folder(tmp_path / "store")
@@ -269,3 +281,56 @@ def test_what_older_versions_wrote_is_known_by_its_exact_files(tmp_path, change)
     else:
         with pytest.raises(ConfigError, match="not deleted"):
             require_free_folder(target, overwrite=True, older=older)
+
+
+# ----------------------------------------------------------------------------------------------- names made from user input
+
+
+@pytest.mark.parametrize(
+    ("path", "more", "name"),
+    [
+        (".", "", "c0"),
+        ("..", "", "photos"),
+        ("../c0/..", "test", "photos-test"),
+        ("/", "", "images"),
+        ("/", "val", "images-val"),
+        ("...", "", "images"),
+        ("my birds/", "", "my-birds"),
+        ("a\nb\x1b[2J", "", "a-b-[2J"),
+        (".hidden", "", "hidden"),
+        ("\\\\server\\share:x", "", "server-share-x"),
+        ("x" * 300, "", "x" * 80),
+    ],
+)
+def test_an_output_is_called_after_a_path_by_one_plain_name(tmp_path, monkeypatch, path, more, name):
+    (tmp_path / "photos" / "c0").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "photos" / "c0")
+    assert file_name_of(path, more) == name
+
+
+@given(st.text(min_size=1, max_size=60).filter(lambda text: "\0" not in text))
+@settings(deadline=None, derandomize=True, database=None, max_examples=60)
+def test_no_name_leads_out_of_the_folder_that_it_is_joined_to(text):
+    name = file_name_of(text)
+    assert name not in ("", ".", "..")
+    assert os.path.dirname(os.path.normpath(os.path.join("/home/run/evaluation", name))) == "/home/run/evaluation"
+    assert name.isprintable()
+
+
+def test_a_link_on_the_way_to_an_output_is_not_followed(tmp_path):
+    assert inside(tmp_path, "export", "onnx") == tmp_path / "export" / "onnx"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "export").symlink_to(tmp_path / "mine")
+    with pytest.raises(ConfigError, match="is a link, which is not followed"):
+        inside(tmp_path, "export", "onnx")
+
+
+@pytest.mark.parametrize("out", [".", "..", "../mine"])
+def test_an_output_without_a_name_of_its_own(tmp_path, monkeypatch, out):
+    (tmp_path / "mine" / "sub").mkdir(parents=True)
+    (tmp_path / "mine" / "a").write_text("mine")
+    monkeypatch.chdir(tmp_path / "mine" / ("sub" if out == ".." else ""))
+    before = tree(tmp_path)
+    with pytest.raises(ConfigError, match="did not write it"), new_folder(Path(out), overwrite=True):
+        raise AssertionError
+    assert tree(tmp_path) == before

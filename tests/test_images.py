@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import warnings
 
 import numpy as np
@@ -253,3 +254,13 @@ def test_no_other_program_is_given_a_picture(tmp_path):
     Image.new("RGB", (8, 8), (200, 0, 0)).save(path, "EPS")  # a program in PostScript, which Ghostscript would run
     with pytest.raises(DataError, match="not a picture in a known format"):
         read_image(path)
+
+
+def test_a_pipe_or_a_device_is_no_picture_and_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for path, said in ((tmp_path / "pipe.png", "no plain file"), ("/dev/zero", "no plain file"), (tmp_path, "directory")):
+        with pytest.raises(DataError, match=said):
+            read_image(path)
+    Image.new("RGB", (3, 2)).save(tmp_path / "a.png")
+    (tmp_path / "link.png").symlink_to("a.png")
+    assert read_image(tmp_path / "link.png").shape == (3, 2, 3)

@@ -109,6 +109,8 @@ ORDER = [
     "soup",
     "adapt_data",
     "adapt",
+    "output_places",
+    "kept_states",
     "interrupts",
     "saving",
     "resuming",

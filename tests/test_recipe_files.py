@@ -79,3 +79,16 @@ def test_the_sweep_is_listed_and_copied_but_is_no_recipe_of_fit(tmp_path, monkey
     assert (tmp_path / "mine.yaml").read_text() == (recipes_folder() / "sweep.yaml").read_text()
     with pytest.raises(ConfigError, match="wandb sweep"):
         find_recipe("sweep")
+
+
+@pytest.mark.parametrize("kind", ["link", "broken link", "folder"])
+def test_a_copy_never_writes_through_a_link(tmp_path, kind):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "a").write_text("mine")
+    if kind == "folder":
+        (tmp_path / "x.yaml").mkdir()
+    else:
+        (tmp_path / "x.yaml").symlink_to(tmp_path / "mine" / ("a" if kind == "link" else "new"))
+    with pytest.raises(ConfigError, match="exists already"):
+        copy_recipe("small", tmp_path / "x.yaml")
+    assert [path.read_text() for path in (tmp_path / "mine").iterdir()] == ["mine"]

@@ -1,17 +1,23 @@
 """The report, read with the standard library's parser: whole, self-contained, right, and safe whatever things are called."""
 
+import base64
 import json
+import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from sklearn.metrics import precision_recall_fscore_support
 from tiny import TINY
 
+from finetune.errors import ConfigError
 from finetune.main import main
 from finetune.outcomes import read_outcome
-from finetune.report import write_report
+from finetune.report import _mistakes, write_report
+from finetune.run_files import RunFiles
 
 FIGURES = {"loss", "metrics", "learning_rates", "gradient_flow", "update_ratio", "weight_distance"}
 FIGURES |= {"confusion", "confusion_normalised", "confused_pairs", "per_class", "reliability"}
@@ -190,3 +196,58 @@ def test_a_report_that_fails_does_not_fail_the_training(fit, monkeypatch, capsys
     assert said == [
         f"warning: The report could not be written (division by zero). Try again: resnet-finetune report runs/run/{run.name}"
     ]
+
+
+# ------------------------------------------------------------------------------------------ a run that came from elsewhere
+
+SECRET = "what the user keeps to himself"
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_a_report_reads_plain_files_of_the_run_only(past_run, tmp_path, kind):
+    run = past_run(pictures=10)
+    (tmp_path / "private").write_text(SECRET)
+    for name in ("augmented.jpg", "explained.png", "config.yaml", "record.json", "metrics.csv"):
+        (run / name).unlink(missing_ok=True)
+        if kind == "pipe":
+            os.mkfifo(run / name)
+        else:
+            (run / name).symlink_to(tmp_path / "private")
+    page = write_report(run).read_text(encoding="utf-8")
+    assert SECRET not in page
+    assert base64.b64encode(SECRET.encode()).decode() not in page
+
+
+def test_images_outside_of_the_data_are_not_shown(past_run, tmp_path):
+    run, root = past_run(), tmp_path / "photos"
+    Image.new("RGB", (20, 10), (1, 2, 3)).save(tmp_path / "private.png")
+    os.mkfifo(root / "val" / "pipe.png")
+    files = RunFiles(run)
+    (outcome,) = files.outcomes.values()
+
+    def shown(file):
+        return {
+            mistake["image"] is not None for mistake in _mistakes(replace(outcome, files=[str(file)] * len(outcome)), files)
+        }
+
+    for file in (root / "val" / "0.png", "val/0.png", "val/../val/0.png"):
+        assert shown(file) == {True}
+    outside = [tmp_path / "private.png", "../private.png", f"{root}/val/../../private.png", "/dev/zero"]
+    for file in (*outside, "val/pipe.png", "val", "", "a\0b"):
+        assert shown(file) == {False}
+
+
+def test_a_page_of_the_users_is_replaced_only_when_asked(past_run, tmp_path):
+    run, page = past_run(), tmp_path / "index.html"
+    page.write_text("mine")
+    with pytest.raises(ConfigError, match="exists already"):
+        write_report(run, page)
+    assert page.read_text() == "mine"
+    write_report(run, page, overwrite=True)
+    assert page.read_text().startswith("<!doctype html>")
+    write_report(run, page)  # a page of ours
+    (run / "report.html").write_text("of an older version")
+    write_report(run)
+    (tmp_path / "link.html").symlink_to(page)
+    with pytest.raises(ConfigError, match="exists already"):
+        write_report(run, tmp_path / "link.html")

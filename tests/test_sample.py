@@ -85,3 +85,20 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setenv("RESNET_FINETUNE_CACHE", str(tmp_path / "file" / "below"))
     with pytest.raises(DataError, match=r"cannot be written to .* Set the environment variable RESNET_FINETUNE_CACHE"):
         digits_folder()
+
+
+@pytest.mark.parametrize("name", ["train/holiday.png", "train/0/holiday.png", "notes.txt", "link"])
+def test_a_folder_of_somebody_else_in_the_cache_is_left_alone(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("RESNET_FINETUNE_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "cache" / "digits-v1"
+    if name == "link":
+        (tmp_path / "mine").mkdir()
+        folder.parent.mkdir()
+        folder.symlink_to(tmp_path / "mine")
+    else:
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(DataError, match="Move that away, or set the environment variable"):
+        digits_folder()
+    assert sorted(tmp_path.rglob("*")) == before

@@ -6,12 +6,14 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from finetune.errors import DataError
+from finetune.files import MARK
 from finetune.store import Store, clear, file_identity, key_hash, list_kept, take
 
 COUNT = 300  # rows: four whole blocks and a part of one
@@ -47,7 +49,10 @@ def test_rows_are_made_once_and_found_again(tmp_path):
     assert (rows == expected(range(COUNT))).all()
     with pytest.raises(ValueError, match="read-only"):
         rows[0] = 1
-    assert sorted(path.name for path in store.folder.iterdir()) in (["about.json", "rows"], ["about.json", "lock", "rows"])
+    assert sorted(path.name for path in store.folder.iterdir()) in (
+        [MARK, "about.json", "rows"],
+        [MARK, "about.json", "lock", "rows"],
+    )
 
 
 @pytest.mark.parametrize("other", [{"key": {"a": 2}}, {"shape": (COUNT, 4)}, {"dtype": "float16"}])
@@ -108,6 +113,7 @@ def test_beginning_elsewhere_makes_the_same_rows(tmp_path):
 
 PROGRAM = """
 import os, sys, time
+from dataclasses import replace
 from pathlib import Path
 import numpy as np
 from finetune.store import Store
@@ -190,3 +196,40 @@ def test_what_was_read_does_not_stay_in_memory(tmp_path, monkeypatch):
     assert mapped() - before < 100  # of 268
     assert rows[:, 0].tolist() == list(range(256))
     assert mapped() - before > 0.9
+
+
+@pytest.mark.parametrize("change", ["name", "more", "folder", "link", "rows"])
+def test_only_stores_are_listed_and_cleared(tmp_path, change):
+    """A folder of the user's among the stores stays, and so does one that the user put something into."""
+    store = Store({"a": 1}, (COUNT, 3), root=tmp_path / "kept")
+    make(store)
+    (kept,) = list_kept(tmp_path / "kept")
+    if change == "name":
+        kept = replace(kept, folder=store.folder.rename(tmp_path / "kept" / "photos"))
+    elif change == "more":
+        (store.folder / "notes.txt").write_text("mine")
+    elif change == "folder":
+        (store.folder / "photos").mkdir()
+    elif change == "link":
+        kept = replace(kept, folder=tmp_path / "kept" / ("0" * 32))
+        store.folder.rename(tmp_path / "mine")
+        kept.folder.symlink_to(tmp_path / "mine")
+    else:
+        (store.folder / "rows").rename(tmp_path / "mine")
+        (store.folder / "rows").symlink_to(tmp_path / "mine")
+    before = sorted(tmp_path.rglob("*"))
+    assert list_kept(tmp_path / "kept") == []
+    assert not clear(kept)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_stores_of_a_version_before_the_mark_are_cleared(tmp_path, complete):
+    store = Store({"a": 1}, (COUNT, 3), root=tmp_path)
+    make(store)
+    (store.folder / MARK).unlink()
+    if not complete:
+        (store.folder / "about.json").rename(store.folder / "done")
+    (kept,) = list_kept(tmp_path)
+    assert clear(kept)
+    assert not list(tmp_path.iterdir())
