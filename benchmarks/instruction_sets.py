@@ -1,7 +1,7 @@
 """The numerical tests under every instruction set that torch and oneDNN can be told to use, with one and two threads.
 
     python benchmarks/instruction_sets.py
-    python benchmarks/instruction_sets.py --aten avx512 --threads 1 tests/test_reuse_fit.py
+    python benchmarks/instruction_sets.py tests/test_reuse_fit.py --aten avx512 --threads 1
 
 Sums that are taken in another order round differently, and a steep training makes much of that. A test that holds on one
 machine only compares the wrong thing. One process runs at a time; settings that this CPU lacks are left out and named. It ends
