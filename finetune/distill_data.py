@@ -85,6 +85,7 @@ class DistillDataModule(PositionedDataModule):
         self.views, self.augment, self.hflip = views, augment, hflip
         self.batch_size, self.image_size, self.val_fraction = batch_size, image_size, val_fraction
         self.workers = worker_count() if workers is None else workers
+        self._believed: set[Path] = set()  # stores whose rows were compared with what the teacher computes
         self.input_spec = _resized(InputSpec.default(), image_size)
 
     @cached_property
@@ -174,6 +175,7 @@ class DistillDataModule(PositionedDataModule):
             workers=self.workers,
             what=f"teacher, {split} view {view + 1} of {self.views if split == 'train' else 1}",
             tolerance=rounding(arithmetic, "float16"),
+            believed=self._believed,
         )
 
     @cached_property
