@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from finetune.errors import CheckpointError
+from finetune.files import write_atomically
 from finetune.outcomes import Floats, Outcome
-from finetune.whole import write_whole
 
 _LIMIT = 20.0  # where few pictures are all right, or all wrong, the best temperature would be 0 or infinite
 
@@ -63,7 +63,7 @@ def store_temperature(checkpoint: Path, temperature: float, step: int, details: 
         details: What else is worth knowing.
     """
     path = calibration_file(checkpoint)
-    write_whole(path, json.dumps({"temperature": temperature, "step": step, **details}, indent=2) + "\n")
+    write_atomically(path, json.dumps({"temperature": temperature, "step": step, **details}, indent=2) + "\n")
     return path
 
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from finetune.errors import DataError
 from finetune.escaping import cell, cells, from_cell
-from finetune.whole import beside
+from finetune.files import atomic_write
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Ints: TypeAlias = npt.NDArray[np.int64]
@@ -60,7 +60,7 @@ def write_outcome(outcome: Outcome, path: Path) -> None:
     spreadsheet would take for a formula are written behind an apostrophe, see `escaping.cell`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with beside(path) as partial, partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as handle:
+    with atomic_write(path) as partial, partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as handle:
         writer = csv.writer(handle)
         writer.writerow([*_FIRST, *(f"{_CLASS}{name}" for name in outcome.classes)])
         for file, true, best, row in zip(outcome.files, outcome.labels, outcome.predicted, outcome.probabilities, strict=True):

@@ -35,8 +35,8 @@ from tabulate import tabulate
 from finetune.allocation import allocate
 from finetune.errors import DataError
 from finetune.file_state import file_state
+from finetune.files import write_atomically
 from finetune.sample import cache_folder
-from finetune.whole import write_whole
 
 Rows = np.ndarray[Any, np.dtype[Any]]
 Load = Callable[[Sequence[range]], Iterator[Any]]
@@ -216,7 +216,7 @@ class Store:
             try:
                 with rows.open("xb") as file:
                     allocate(file, self.bytes, self._filled)
-                write_whole(done, bytes(self._blocks))
+                write_atomically(done, bytes(self._blocks))
             except OSError:
                 rows.unlink(missing_ok=True)
                 raise
@@ -284,7 +284,7 @@ class Store:
         with FileLock(self.folder / _LOCK):
             if self.complete or self._missing() or not (self.folder / _DONE).is_file():
                 return
-            write_whole(self.folder / _ABOUT, json.dumps({**self.about, "made": time.time()}, indent=1))
+            write_atomically(self.folder / _ABOUT, json.dumps({**self.about, "made": time.time()}, indent=1))
             for path in (self.folder / _DONE, *self.folder.glob(f"{_LOCK}-*")):
                 path.unlink(missing_ok=True)
 
