@@ -7,7 +7,6 @@ import re
 import shutil
 import socket
 import sys
-import sysconfig
 import tempfile
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -66,6 +65,9 @@ def empty_caches(tmp_path, monkeypatch):
     return tmp_path
 
 
+_INSTALLED = {Path(entry).resolve() for entry in sys.path}  # before a test adds folders of its own
+
+
 class _MetadataWithoutOffline:
     """Metadata of installed packages, but for one that the extra `offline` may have brought; a test's own is found."""
 
@@ -74,9 +76,7 @@ class _MetadataWithoutOffline:
     @staticmethod
     def distribution(name):
         found = metadata.distribution(name)
-        if Path(found.locate_file("")).resolve() in {
-            Path(sysconfig.get_path(kind)).resolve() for kind in ("purelib", "platlib")
-        }:
+        if Path(found.locate_file("")).resolve() in _INSTALLED:
             raise metadata.PackageNotFoundError(name)
         return found
 
