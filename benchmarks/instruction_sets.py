@@ -30,7 +30,7 @@ ONEDNN = ("AVX2", "AVX512_CORE")
 THREADS = (1, 2)
 NUMERICAL = (
     *("adapt", "adaptation_losses", "averaging", "boundaries", "bundled_weights", "calibration", "decoded", "distill"),
-    *("distill_data", "evaluate", "explain", "export", "fold", "freezing", "frozen_function", "gradient_flow", "head_start"),
+    *("distill_data", "evaluate", "explain", "export", "fold", "freezing", "gradient_flow", "head_start"),
     *("losses", "lr_find", "mixing", "module", "nonfinite", "optim", "package_weights", "predict", "predictor", "processes"),
     *("resume", "reuse", "reuse_fit", "reuse_stale", "scores", "stage_flow", "staged", "training", "transforms", "weights"),
 )

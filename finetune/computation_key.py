@@ -152,9 +152,9 @@ class _Description:
         self._open.add(id(value))
         try:
             if isinstance(value, Mapping):
-                return [[self.value(key), self.value(inner, f"{name}.{key}")] for key, inner in value.items()]
+                return {"mapping": [[self.value(key), self.value(inner, f"{name}.{key}")] for key, inner in value.items()]}
             found = [self.value(inner, f"{name}.{number}") for number, inner in enumerate(value)]
-            return sorted(found, key=json.dumps) if isinstance(value, set | frozenset) else found
+            return {"set": sorted(found, key=json.dumps)} if isinstance(value, set | frozenset) else found
         finally:
             self._open.discard(id(value))
 

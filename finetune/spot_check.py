@@ -30,7 +30,7 @@ def matches_fresh_rows(store: Store, compute: Callable[[list[int]], Sequence[Row
     fresh = compute(numbers)
     try:
         stored = store.rows()
-    except OSError:  # another process has just found it wrong
+    except (OSError, ValueError):  # another process has just found it wrong, and makes it anew
         return False
     alike = all(
         _alike(stored[number][: len(row)], np.asarray(row), tolerance) for number, row in zip(numbers, fresh, strict=True)
