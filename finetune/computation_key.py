@@ -21,6 +21,7 @@ import json
 import re
 import sys
 import types
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -59,8 +60,9 @@ def computation_key(value: Any, leave_out: Named = lambda _: False, moded: Named
     """
     description = _Description(leave_out, moded)
     found = description.module(value, "") if isinstance(value, nn.Module) else description.value(value)
-    python = sys.implementation.cache_tag if description.compiled else None  # compiled code is that of a Python version
-    return hashlib.blake2b(json.dumps([found, python]).encode(), digest_size=16).hexdigest()
+    code = description.code_of_all()
+    python = sys.implementation.cache_tag if code else None  # compiled code is that of a Python version
+    return hashlib.blake2b(json.dumps([found, code, python]).encode(), digest_size=16).hexdigest()
 
 
 def tensor_hash(tensor: Tensor) -> str:
@@ -72,11 +74,11 @@ def tensor_hash(tensor: Tensor) -> str:
 
 
 class _Description:
-    """Turns what computes into nested lists of strings."""
+    """Turns what computes into nested lists of strings; own classes and functions are numbers there, and described after it."""
 
     def __init__(self, leave_out: Named, moded: Named) -> None:
         self.leave_out, self.moded = leave_out, moded
-        self.compiled = False  # whether compiled code is part of it
+        self._waiting: deque[Callable[[], Any]] = deque()  # a chain of calls may be longer than Python's stack
         self._numbers: dict[int, int] = {}
         self._held: list[Any] = []  # so that no two objects have the same id
         self._open: set[int] = set()
@@ -88,6 +90,20 @@ class _Description:
         self._numbers[id(value)] = len(self._numbers)
         self._held.append(value)
         return None
+
+    def _later(self, value: Any, describe: Callable[[], Any]) -> str:
+        """Return the number of an own class or function, which is described in its turn."""
+        if seen := self._seen(value):
+            return seen
+        self._waiting.append(describe)
+        return f"#{self._numbers[id(value)]}"
+
+    def code_of_all(self) -> list[Any]:
+        """Describe the own classes and functions that were met, and those that they name."""
+        found = []
+        while self._waiting:
+            found.append(self._waiting.popleft()())
+        return found
 
     # ----------------------------------------------------------------------------------------------------- modules
 
@@ -188,8 +204,9 @@ class _Description:
         if _is_library(kind.__module__):  # of which the user may have replaced methods
             patched = {key: f for key, f in functions.items() if not _is_library(f.__module__)}
             return [name, *([key, self.function(f)] for key, f in sorted(patched.items()))] if patched else name
-        if seen := self._seen(kind):
-            return seen
+        return self._later(kind, lambda: self._kind(kind, name, functions))
+
+    def _kind(self, kind: type, name: str, functions: Mapping[str, Any]) -> Any:
         own = [(key, _inner(member)) for key, member in sorted(vars(kind).items()) if key in functions or not _is_dunder(key)]
         bases = [self.kind(base) for base in kind.__mro__[1:] if base is not object]
         return [name, bases, [[key, self.value(member)] for key, member in own]]
@@ -199,9 +216,9 @@ class _Description:
         name = f"{function.__module__}.{function.__qualname__}"
         if _is_library(function.__module__):
             return name
-        if seen := self._seen(function):
-            return seen
-        self.compiled = True
+        return self._later(function, lambda: self._function(function, name))
+
+    def _function(self, function: types.FunctionType, name: str) -> Any:
         cells = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
         found = [name, self.code(function.__code__), self.value(function.__defaults__), self.value(function.__kwdefaults__)]
         found.append([self.value(content) for content in cells])

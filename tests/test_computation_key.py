@@ -113,6 +113,14 @@ def test_code_that_does_something_else(pair):
     assert computation_key(code(one)) != computation_key(code(other))
 
 
+def test_a_long_chain_of_calls():
+    def chain(end):
+        links = [f"def f{n}(x):\n    return f{n + 1}(x)" for n in range(3000)]
+        return code("\n".join([*links, f"def f3000(x):\n    return {end}", "f = f0"]))
+
+    assert computation_key(chain(1)) == computation_key(chain(1)) != computation_key(chain(2))
+
+
 def test_values():
     values = [
         *(1, 1.0, True, "1", b"1", None, (1, 2), [[1], 2], {"a": 1}, {1, 2}, torch.float16, torch.ones(2), torch.ones(2, 1)),

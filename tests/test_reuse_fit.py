@@ -172,6 +172,8 @@ CHANGES = {
     "a picture": ({}, {}, touch_a_picture, 1),  # of the training split, so validation is as before
     "a picture, with its size and time": ({}, {}, exchange_in_secret, 1),
     "the weights": ({"seed": 1}, {}, None, 2),
+    "an epsilon": ({"bn_eps": 10.0}, {}, None, 2),
+    "an activation function": ({"backbone_args": {"act_layer": "silu"}}, {}, None, 2),
     "the input size": ({}, {"image_size": 40}, None, 2),
     "the transform": ({}, {"augment": "light", "reuse": "views:1"}, None, 1),
     "the stage": ({"freezing": "last:1"}, {}, None, 2),
