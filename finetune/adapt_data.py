@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from torch.utils.data import DataLoader
 
@@ -57,6 +57,7 @@ class AdaptDataModule(FolderDataModule):
         split_seed: Another seed draws other pictures for these shares.
         workers: Processes that read pictures. By default one per core up to 8, and none for fewer than 64 pictures.
         eval_batch_size: Pictures per step and device in validation and test. By default twice the batch size.
+        scale: How grey values of 16 bits become 8: full, or auto, as in `FolderDataModule`.
     """
 
     unreadable_remedy = ""
@@ -77,6 +78,7 @@ class AdaptDataModule(FolderDataModule):
         split_seed: int = 0,
         workers: int | None = None,
         eval_batch_size: int | None = None,
+        scale: Literal["full", "auto"] = "full",
     ) -> None:
         root = plain_root(root)
         target = os.fspath(target) if isinstance(target, str | os.PathLike) else [os.fspath(each) for each in target]
@@ -91,6 +93,7 @@ class AdaptDataModule(FolderDataModule):
             split_seed=split_seed,
             workers=workers,
             eval_batch_size=eval_batch_size,
+            scale=scale,
         )
         self.targets = [target] if isinstance(target, str) else target
         self.target_labels, self.target_shots, self.steps_per_epoch = target_labels, target_shots, steps_per_epoch
@@ -166,14 +169,15 @@ class AdaptDataModule(FolderDataModule):
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Return shuffled, augmented training batches of both domains."""
+        self.write_split()
         seed = global_seed()
         transform = train_transform(self.input_spec, self.augment, self.hflip)
         source, target = self.folder.splits["train"], self.target.splits["train"]
-        labels = set(self.labelled_target)
+        labels, white = set(self.labelled_target), self.input_spec.white
         hidden = [Picture(p.file, p.label if place in labels else UNKNOWN) for place, p in enumerate(target)]
         pairs = PairDataset(
-            PictureDataset(self.folder.root, source, transform, seed),
-            PictureDataset(self.target.root, hidden, transform, seed_of(seed, TARGET)),
+            PictureDataset(self.folder.root, source, transform, seed, white=white),
+            PictureDataset(self.target.root, hidden, transform, seed_of(seed, TARGET), white=white),
         )
         position = self.position if self.trainer else None
         sampler = PairSampler(pairs, self.batch_size, self.steps, self.labelled_target, seed, position, *self.ranks())
@@ -197,7 +201,9 @@ class AdaptDataModule(FolderDataModule):
 
     def target_loader(self, split: Split) -> DataLoader[dict[str, Any]]:
         """Return the pictures of a split of the target once each, in order, under the key `target` of each batch."""
-        pictures = PictureDataset(self.target.root, self.target.splits[split], eval_transform(self.input_spec))
+        pictures = PictureDataset(
+            self.target.root, self.target.splits[split], eval_transform(self.input_spec), white=self.input_spec.white
+        )
         return self._in_order(cast(Any, TargetDataset(pictures)), f"{split} split of {self.target.root}")
 
     def describe_target(self) -> dict[str, Any]:

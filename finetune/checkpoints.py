@@ -35,6 +35,7 @@ def stamp(checkpoint: dict[str, Any], module: FinetuneModule) -> None:
         "input": plain(asdict(module.input_spec)),
         "weights": module.weights_report.as_dict(),
         "run": run_facts(module._trainer),
+        "split": plain(getattr(getattr(module._trainer, "datamodule", None), "split_facts", {})),
     }
     for key in ("hyper_parameters", "datamodule_hyper_parameters"):
         if key in checkpoint:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from finetune.images import open_picture, read_image
+from finetune.images import FULL, open_picture, read_image, white_text
 from finetune.spot_check import matches_fresh_rows
 from finetune.store import Rows, Store, pictures_key
 from finetune.transforms import LONGEST, CutLongSide
@@ -37,7 +37,7 @@ class Decoded:
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def keep_decoded(paths: Sequence[str], side: int, workers: int) -> Decoded:
+def keep_decoded(paths: Sequence[str], side: int, workers: int, white: int = FULL) -> Decoded:
     """Decode pictures and resize them so that the shorter side has `side` pixels, unless they are kept already or are smaller.
 
     A row has the length of an image of 4 : 1; what is not filled takes no disk space on file systems with sparse files.
@@ -46,13 +46,14 @@ def keep_decoded(paths: Sequence[str], side: int, workers: int) -> Decoded:
         paths: The files.
         side: Pixels of the shorter side.
         workers: Processes that read pictures.
+        white: See `images.read_image`.
 
     Raises:
         DataError: If a picture cannot be read, or there is too little room.
     """
-    smaller = _Smaller(paths, side)
+    smaller = _Smaller(paths, side, white)
     room = _HEADER + 3 * side * side * LONGEST
-    key = {**pictures_key(paths, f"shorter side {side}"), "what": "decoded"}
+    key = {**pictures_key(paths, f"shorter side {side}{white_text(white)}"), "what": "decoded"}
     about = {"what": f"pictures of {side} pixels", "pictures": f"{len(paths)} files"}
     store = Store(key, (len(paths), room), "uint8", about, used=lambda: [row_bytes(path, side) for path in paths])
     if store.complete and not matches_fresh_rows(store, lambda numbers: [smaller[n] for n in numbers], _ROUNDING):
@@ -102,8 +103,8 @@ def pixels_when_smaller(height: int, width: int, side: int) -> int:
 class _Smaller(Dataset[Rows]):
     """Rows of the store: height, width, and the pixels of a picture that was made smaller."""
 
-    def __init__(self, paths: Sequence[str], side: int) -> None:
-        self.paths, self.side = paths, side
+    def __init__(self, paths: Sequence[str], side: int, white: int) -> None:
+        self.paths, self.side, self.white = paths, side, white
         self.cut = CutLongSide(LONGEST)
         self.resize = v2.Resize(side, antialias=True)
 
@@ -111,7 +112,7 @@ class _Smaller(Dataset[Rows]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Rows:
-        image = self.cut(read_image(self.paths[index]))
+        image = self.cut(read_image(self.paths[index], self.white))
         image = self.resize(image) if min(image.shape[1:]) > self.side else image
         height, width = image.shape[1:]
         header = np.array([height, width], np.uint16).view(np.uint8)

@@ -187,7 +187,7 @@ def explain(
     alike = nearest(predictor, files, _among(predictor, among), neighbours) if neighbours else None
     target.mkdir(parents=True, exist_ok=True)
     for index, (page, place) in enumerate(zip(pages, places, strict=True)):
-        images = torch.stack([predictor.transform(read_image(file)) for file in page])
+        images = torch.stack([predictor.transform(read_image(file, predictor.trained.input_spec.white)) for file in page])
         wanted = None if number is None else torch.full((len(page),), number)
         cams = grad_cam(module, images.to(module.device), stage, wanted).cpu()
         _draw(predictor, page, images, cams, alike, index * _PER_PAGE, true).savefig(place, dpi=110)
@@ -211,7 +211,7 @@ def draw_mistakes(run: Path, most: int = 6) -> Path | None:
     if not true:
         return None
     files = list(true)
-    images = torch.stack([predictor.transform(read_image(file)) for file in files])
+    images = torch.stack([predictor.transform(read_image(file, predictor.trained.input_spec.white)) for file in files])
     _draw(predictor, files, images, grad_cam(module, images), None, 0, true).savefig(run / EXPLAINED, dpi=110)
     return run / EXPLAINED
 
@@ -274,7 +274,7 @@ def _draw(
         for rank in range(columns - 2):
             assert alike is not None
             other, label = alike.files[first + row][rank], int(alike.labels[first + row][rank])
-            shown = predictor.transform(read_image(other)).permute(1, 2, 0).numpy()
+            shown = predictor.transform(read_image(other, predictor.trained.input_spec.white)).permute(1, 2, 0).numpy()
             _show(axes[row][2 + rank], shown, f"{predictor.classes[label]}\n{alike.similarities[first + row][rank]:.2f}")
     return figure
 

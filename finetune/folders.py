@@ -12,8 +12,6 @@ hardly moves the others.
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import unicodedata
 from collections import Counter
@@ -26,8 +24,7 @@ from typing import Literal, NamedTuple, TypeAlias
 from tabulate import tabulate
 
 from finetune.errors import DataError, did_you_mean
-from finetune.escaping import cells, shown
-from finetune.files import write_atomically
+from finetune.escaping import shown
 from finetune.images import IMAGE_SUFFIXES
 from finetune.randomness import seed_of
 from finetune.walk import existing, identity, order, subfolders, walk
@@ -153,25 +150,6 @@ def summary(folder: PictureFolder, most: int = 30) -> str:
     table = tabulate(rows, [first, *heads], disable_numparse=[0])
     skipped = ", ".join(f"{number} {kind}" for kind, number in sorted(folder.skipped.items()))
     return f"{shown(str(folder.root))}\n{table}" + (f"\nskipped: {skipped}" if skipped else "")
-
-
-def write_split(folder: PictureFolder, path: Path) -> None:
-    """Write down which picture is in which split, if one was drawn: a CSV file with the columns file, label and split.
-
-    A file that says the same already is left alone.
-    """
-    if not folder.drawn:
-        return
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["file", "label", "split"])
-    for split in SPLITS:
-        writer.writerows([*cells([file, folder.classes[label]]), split] for file, label in folder.splits[split])
-    content = text.getvalue().encode("utf-8", "surrogateescape")
-    if path.is_file() and path.read_bytes() == content:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, content)
 
 
 # ------------------------------------------------------------------------------------------------------------ the layout

@@ -12,6 +12,7 @@ from finetune import checkpoints
 from finetune.data import FolderDataModule
 from finetune.errors import DataError, did_you_mean
 from finetune.folders import SPLITS, Split, read_classes, split_folders
+from finetune.run_split import split_in
 from finetune.walk import existing
 
 
@@ -40,18 +41,21 @@ def data_of(checkpoint: Path) -> FolderDataModule | None:
         return None
     data = FolderDataModule(**{**options, "reuse": "off", "decoded": None})
     try:
-        return data if data.folder else None
+        found = bool(data.classes)
     except DataError:
         return None
+    data.continue_from(split_in(checkpoint, content))
+    return data if found else None
 
 
-def own_pictures(checkpoint: Path, classes: tuple[str, ...], split: Split | None = None) -> Labelled:
+def own_pictures(checkpoint: Path, classes: tuple[str, ...], split: Split | None = None, tell: bool = True) -> Labelled:
     """Return pictures of the run of a checkpoint.
 
     Args:
         checkpoint: The checkpoint.
         classes: Its classes.
         split: Which; if None, test where there is one, otherwise val.
+        tell: Whether to print how they differ from those of the run.
 
     Raises:
         DataError: If they are not there, or are of other classes.
@@ -68,6 +72,8 @@ def own_pictures(checkpoint: Path, classes: tuple[str, ...], split: Split | None
         )
     split = split or ("test" if data.has_test else "val")
     files = [str(path) for path in data.files(split)]
+    if tell:
+        data.tell_changes()
     if not files:
         raise DataError(f"{data.root} has no pictures in the split '{split}'. Give another --split, or name a folder.")
     return Labelled(data.folder.root, f"{data.root} {split}", files, data.labels(split))

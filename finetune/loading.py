@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, DistributedSampler
 from finetune.decoded import Decoded
 from finetune.errors import DataError
 from finetune.folders import Picture
-from finetune.images import read_image
+from finetune.images import FULL, read_image
 from finetune.randomness import seed_of
 from finetune.transforms import Transform
 
@@ -40,6 +40,7 @@ class PictureDataset(Dataset[dict[str, Any]]):
             randomness.
         decoded: The pictures by their index where they were decoded before; they are read from their files if None.
         advice: Said when a picture cannot be read.
+        white: See `images.read_image`.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class PictureDataset(Dataset[dict[str, Any]]):
         seed: int | None = None,
         decoded: Decoded | None = None,
         advice: str = "",
+        white: int = FULL,
     ) -> None:
         self.root = str(root)
         self.pictures = pictures
@@ -57,6 +59,7 @@ class PictureDataset(Dataset[dict[str, Any]]):
         self.seed = seed
         self.decoded = decoded
         self.advice = advice
+        self.white = white
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -69,7 +72,7 @@ class PictureDataset(Dataset[dict[str, Any]]):
         epoch, index, *repeat = key if isinstance(key, tuple) else (0, key)
         file, label = self.pictures[index]
         try:
-            image = read_image(os.path.join(self.root, file)) if self.decoded is None else self.decoded[index]
+            image = self.decoded[index] if self.decoded is not None else read_image(os.path.join(self.root, file), self.white)
         except DataError as error:
             raise PictureError(f"{error} {self.advice}") from None
         if self.seed is None:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from finetune.computation_key import computation_key
 from finetune.errors import ConfigError, did_you_mean
+from finetune.images import white_text
 from finetune.loading import PictureDataset
 from finetune.spot_check import matches_fresh_rows
 from finetune.store import Rows, Store, format_bytes, pictures_key, take
@@ -49,7 +50,7 @@ def dataset_key(dataset: PictureDataset, view: int) -> dict[str, Any]:
     """
     random = None if dataset.seed is None else [dataset.seed, view]
     kept = f"{dataset.decoded.side} pixels, " if dataset.decoded else ""
-    reading = f"{computation_key(type(dataset))} {computation_key(dataset.transform)}"
+    reading = f"{computation_key(type(dataset))} {computation_key(dataset.transform)}{white_text(dataset.white)}"
     return pictures_key(dataset.paths(), f"{kept}{reading}", random)
 
 

@@ -26,8 +26,10 @@ from finetune.resuming import compare_data, compare_run, progress_text, resolve_
 from finetune.resuming import progress as progress_of
 from finetune.room import is_full, unwritable
 from finetune.run_callbacks import RunCallbacks
+from finetune.run_split import split_in
 from finetune.runs import CONFIG, RESUMED_CONFIG, AtomicCheckpointIO, as_typed, new_run, only_here, run_of
 from finetune.sample import BUILT_IN
+from finetune.split_data import SplitDataModule
 from finetune.stopping import code_of, how_to_go_on, stop_signal
 from finetune.strategies import choose_strategy, processes_of
 from finetune.tracking import build_trackers, closing_if_it_fails, conclude, flat_options, parse_names
@@ -152,6 +154,7 @@ class FinetuneCLI(LightningCLI):
                 f"--model.weights {checkpoint}"
             )
         self.done_steps, done = int(inside["global_step"]), progress_of(inside)[0]
+        self.done_epochs = done
         self.average = kind_of_average(inside)
         self.stored = {key: inside.get(key) for key in ("hyper_parameters", "datamodule_hyper_parameters", checkpoints.KEY)}
         if self.subcommand == "fit":
@@ -165,9 +168,16 @@ class FinetuneCLI(LightningCLI):
         """Let the saved configuration say what was given, not what a resumed run made of it."""
         if self.resumes is not None and isinstance(self.model, FinetuneModule):
             checkpoints.require_own(self.stored, self.resumes)
+            self._take_split(self.resumes)
             self.model.expect(checkpoints.stamped_input(self.stored))  # the data ask for it before Lightning loads the rest
         if self._given_weights is not None:
             self.config[self.subcommand].model.init_args.weights = self._given_weights
+
+    def _take_split(self, checkpoint: Path) -> None:
+        """Let the data keep to what the run of a checkpoint trained on and held out."""
+        if isinstance(self.datamodule, SplitDataModule):
+            checkpoints.refuse_other_classes(self.stored, self.model)
+            self.datamodule.continue_from(split_in(checkpoint, {**self.stored, "epoch": self.done_epochs - 1}))
 
     def _start_random(self, options: Any, data: Any) -> None:
         """Fall back to random weights, on the built-in data only; nothing random may stay frozen, so nothing can be kept."""
@@ -250,6 +260,7 @@ class FinetuneCLI(LightningCLI):
             facts = checkpoints.run_facts(self.trainer)
             for warning in filter(None, (compare_data(self.stored, self.datamodule), compare_run(self.stored, facts))):
                 say(warning)
+            self._tell_changes()
         if self.kept is not None:
             self.kept.tracking.config = flat_options(self.config[self.subcommand].as_dict(), self.model)
         self._began = time.perf_counter()
@@ -288,12 +299,20 @@ class FinetuneCLI(LightningCLI):
             if self.trainer.is_global_zero:
                 conclude(self.trainer.loggers, self.run_folder, read_record(self.run_folder), self.trainer.global_step)
 
+    def _tell_changes(self) -> None:
+        if isinstance(self.datamodule, SplitDataModule):
+            self.datamodule.split_images()  # which are compared with those of the run
+            if self.trainer.is_global_zero:
+                self.datamodule.tell_changes()
+
     def validate(self, **kwargs: Any) -> None:
         """Validate and print the metrics."""
+        self._tell_changes()
         say(metric_table(self.trainer.validate(**{**kwargs, "verbose": False})))
 
     def test(self, **kwargs: Any) -> None:
         """Test and print the metrics."""
+        self._tell_changes()
         say(metric_table(self.trainer.test(**{**kwargs, "verbose": False})))
 
 

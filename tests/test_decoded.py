@@ -42,7 +42,7 @@ def test_sizes_and_pixels(pictures):
 
 def count_reads(monkeypatch):
     read = []
-    monkeypatch.setattr("finetune.decoded.read_image", lambda path: read.append(path) or read_image(path))
+    monkeypatch.setattr("finetune.decoded.read_image", lambda path, *options: read.append(path) or read_image(path, *options))
     return read
 
 

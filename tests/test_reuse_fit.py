@@ -140,7 +140,7 @@ def test_losses_are_those_of_a_run_on_the_pictures(photos, capsys, freezing, epo
 
 def test_a_second_run_reads_a_few_pictures_only(photos, monkeypatch):
     read = []
-    monkeypatch.setattr("finetune.loading.read_image", lambda path: read.append(path) or read_image(path))
+    monkeypatch.setattr("finetune.loading.read_image", lambda path, *options: read.append(path) or read_image(path, *options))
     monkeypatch.setattr(Watch, "on_train_batch_start", lambda *_: None)  # which reads them to compare
     monkeypatch.setattr(Watch, "on_validation_batch_end", lambda *_: None)
     first, _ = fit(photos, data={"reuse": "exact"})
