@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +84,7 @@ def stored_temperature(checkpoint: Path, step: int | None = None) -> float:
     try:
         content = json.loads(path.read_text())
         temperature = float(content["temperature"])
-        if not temperature > 0:
+        if not 0 < temperature < math.inf:
             raise ValueError(f"temperature {temperature}")
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(

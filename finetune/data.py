@@ -10,8 +10,10 @@ of an epoch, or has another number of workers, therefore sees the batches that t
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +22,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
+from finetune.console import say
 from finetune.decoded import Decoded, keep_decoded
 from finetune.depth import depth_text, sampled_depth
 from finetune.errors import ConfigError, DataError, did_you_mean
@@ -28,7 +31,15 @@ from finetune.folders import PictureFolder, Split, scan, summary
 from finetune.hardware import worker_count
 from finetune.images import FULL
 from finetune.left_out import SKIP, leaving_out, look_before_training, tell_left_out, write_left_out
-from finetune.loading import EvalSampler, PictureDataset, Sampling, TrainSampler, even_batch_size
+from finetune.loading import (
+    EvalSampler,
+    PictureDataset,
+    Sampling,
+    TrainSampler,
+    UnlabelledDataset,
+    even_batch_size,
+    stratified_order,
+)
 from finetune.randomness import global_seed, seed_of
 from finetune.reuse import Reuse, ReuseLoader, ReuseType
 from finetune.run_split import RunSplit
@@ -219,9 +230,25 @@ class FolderDataModule(SplitDataModule):
         """Return the pictures of a split; `index` in a batch is the position here."""
         return [self.folder.root / picture.file for picture in self.folder.splits[split]]
 
+    def measured_files(self, split: Split) -> list[Path]:
+        """Return the pictures that `index` in a batch of an evaluation means.
+
+        They are those of the split; in a validation with `overfit_batches`, those of the training split.
+        """
+        return self.files("train" if split == "val" and self._overfits else split)
+
     def labels(self, split: Split) -> list[int]:
         """Return the labels of a split, in the order of `files`."""
         return [picture.label for picture in self.folder.splits[split]]
+
+    def folder_options(self) -> dict[str, Any]:
+        """Return the options with which `FolderDataModule` finds the labelled images of this data module again.
+
+        A checkpoint keeps them, so that `evaluate`, `explain` and `export` find the images of its run. A subclass whose images
+        are found in another way returns other options, or sets this to None where they lie in no folder.
+        """
+        known = inspect.signature(FolderDataModule.__init__).parameters
+        return {name: value for name, value in self.hparams.items() if name in known}
 
     # ------------------------------------------------------------------------------------- the split of a run that goes on
 
@@ -283,8 +310,7 @@ class FolderDataModule(SplitDataModule):
         for message in _NOT_TRUE_HERE:
             warnings.filterwarnings("ignore", message=message)
         trainer = self.trainer
-        spec = getattr(trainer.lightning_module, "input_spec", None) if trainer else None
-        self.input_spec = self._resized(spec or InputSpec.default())
+        self._follow_module()
         if stage != "fit":
             return
         if self._known is None:
@@ -295,7 +321,7 @@ class FolderDataModule(SplitDataModule):
         if trainer and self.on_error == "raise" and self.root not in BUILT_IN:
             look_before_training(self.folder, self.workers, first, self.unreadable_remedy)
         if first:
-            print(summary(self.folder))
+            say(summary(self.folder))
             tell_left_out(self.folder)
 
     def teardown(self, stage: str) -> None:
@@ -316,16 +342,22 @@ class FolderDataModule(SplitDataModule):
             self.folder.root, pictures, transform, random, self._decoded("train"), self._advice, self.input_spec.white
         )
         if trainer and trainer.overfit_batches:
-            return self._loader(dataset, self.batch_size)
+            return self._overfit_loader(dataset)
         position = self.position if trainer else None
         labels = torch.tensor(self.labels("train")) if self.sampling == "balanced" else None
-        sampler = TrainSampler(dataset, self.batch_size, seed, position, *self.ranks(), labels=labels)
+        sampler = TrainSampler(dataset, self.batch_size, seed, position, *self.ranks(), labels, self.shifted_images)
         loader = self._loader(dataset, self.batch_size, sampler, drop_last=len(sampler) > self.batch_size)
         return self._reusing(loader, "train")
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]] | ReuseLoader | list[Any]:
-        """Return the validation batches in the order of `files`; an empty list if there are no pictures to validate with."""
+        """Return the validation batches in the order of `files`; an empty list if there are no pictures to validate with.
+
+        With `overfit_batches` they are the images that are trained on, see `measured_files`.
+        """
         self._require("val")
+        if self._overfits and self.folder.splits["val"]:
+            pictures, transform = self.folder.splits["train"], eval_transform(self.input_spec)
+            return self._overfit_loader(PictureDataset(self.folder.root, pictures, transform, None, self._decoded("train")))
         return self._reusing(self.eval_loader("val"), "val") if self.folder.splits["val"] else []
 
     @property
@@ -336,10 +368,13 @@ class FolderDataModule(SplitDataModule):
         return "To train without such pictures: --data.on_error skip"
 
     def _decoded(self, split: Split) -> Decoded | None:
-        if self.decoded is None:
+        return self._decode(self.files(split)) if self.decoded is not None else None
+
+    def _decode(self, files: Sequence[Path]) -> Decoded | None:
+        if self.decoded is None or not files:
             return None
         workers = worker_count() if self.workers is None else self.workers
-        return keep_decoded([str(path) for path in self.files(split)], self.decoded, workers, self.input_spec.white)
+        return keep_decoded([str(path) for path in files], self.decoded, workers, self.input_spec.white)
 
     def _reusing(self, loader: DataLoader[dict[str, Any]], split: Split) -> DataLoader[dict[str, Any]] | ReuseLoader:
         fits = self.reuse is not None and self.trainer is not None and self.trainer.state.fn == "fit"
@@ -358,10 +393,38 @@ class FolderDataModule(SplitDataModule):
             )
         return self.eval_loader("test")
 
+    def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Return the images to predict, in order: the test split, or else the validation split.
+
+        A folder that is not arranged in classes is searched to the bottom, and batches hold `image` and `index` alone.
+
+        Raises:
+            DataError: If there are none.
+        """
+        self._follow_module()
+        try:
+            split: Split = "test" if self.has_test else "val"
+        except DataError:
+            if self.root in BUILT_IN or not Path(self.root).expanduser().is_dir():
+                raise
+            return self._in_order(UnlabelledDataset(Path(self.root).expanduser(), eval_transform(self.input_spec)), self.root)
+        if not self.folder.splits[split]:
+            raise DataError(
+                f"{self.folder.root} has no images for Trainer.predict: expected a test or a validation split, or a folder of "
+                "images without classes. Draw one with data.val_fraction, or give dataloaders of your own."
+            )
+        return self.eval_loader(split)
+
+    def _follow_module(self) -> None:
+        """Take over the input of the trainer's module, which a checkpoint may have changed since `setup`."""
+        module = getattr(self.trainer, "lightning_module", None)
+        self.input_spec = self._resized(getattr(module, "input_spec", None) or InputSpec.default())
+
     def eval_loader(self, split: Split) -> DataLoader[dict[str, Any]]:
         """Return the pictures of a split once each, in the order of `files` and without augmentation.
 
-        Several processes share them.
+        Several processes share them. Where the trainer limits the batches, the order is one of which each beginning holds all
+        classes in their shares, the same in every epoch and run.
 
         Raises:
             DataError: If there are fewer pictures than processes.
@@ -383,21 +446,33 @@ class FolderDataModule(SplitDataModule):
     @property
     def order_key(self) -> int:
         """A number that is equal where the order of an epoch is."""
-        return seed_of(
-            global_seed(), self.batch_size, self.sampling, *(picture.file for picture in self.folder.splits["train"])
-        )
+        return self._order(self.batch_size)
+
+    def _order(self, batch_size: int) -> int:
+        return seed_of(global_seed(), batch_size, self.sampling, *(picture.file for picture in self.folder.splits["train"]))
+
+    def order_of(self, batch_size: int) -> int:
+        """Return what `order_key` would be with another batch size; the order of the pictures does not depend on it."""
+        return self._order(batch_size)
+
+    @property
+    def images_of_epoch(self) -> int | None:
+        """How many pictures an epoch shows."""
+        return None if self.trainer and cast(Any, self.trainer).overfit_batches else len(self.folder.splits["train"])
 
     def _in_order(self, dataset: PictureDataset, name: str) -> DataLoader[dict[str, Any]]:
         world, rank = self.ranks()
+        order = self._fair_order(dataset) if _is_limited(self.trainer) else None
         if world == 1:
-            return self._loader(dataset, self.eval_batch_size)
+            sampler = None if order is None else EvalSampler(dataset, 1, 0, order)
+            return self._loader(dataset, self.eval_batch_size, sampler)
         if len(dataset) < world:
             raise DataError(
                 f"The {name} has {len(dataset)} pictures, expected at least one for each of the {world} processes. Add "
                 "pictures or use fewer devices."
             )
         return self._loader(
-            dataset, even_batch_size(len(dataset), world, self.eval_batch_size), EvalSampler(dataset, world, rank)
+            dataset, even_batch_size(len(dataset), world, self.eval_batch_size), EvalSampler(dataset, world, rank, order)
         )
 
     def _white(self) -> int:
@@ -406,8 +481,21 @@ class FolderDataModule(SplitDataModule):
             return FULL
         depth = sampled_depth(self.folder.root, [picture.file for picture in self.folder.splits["train"]])
         if (text := depth_text(depth, self.scale)) and (self.trainer is None or self.trainer.is_global_zero):
-            print(text)
+            say(text)
         return depth.white if self.scale == "auto" else FULL
+
+    def _overfit_loader(self, dataset: PictureDataset) -> DataLoader[dict[str, Any]]:
+        """Return batches of which the first ones, which `overfit_batches` trains and validates with, hold all classes."""
+        return self._loader(dataset, self.batch_size, EvalSampler(dataset, *self.ranks(), self._fair_order(dataset)))
+
+    def _fair_order(self, dataset: Any) -> list[int]:
+        pictures = getattr(dataset.pictures, "pictures", dataset.pictures)  # of a target, whose dataset is one of a dataset
+        return stratified_order([picture.label for picture in pictures], seed_of(self.split_seed, "subset"))
+
+    @property
+    def _overfits(self) -> bool:
+        trainer: Any = self.trainer
+        return bool(trainer and trainer.state.fn == "fit" and trainer.overfit_batches)
 
     def _resized(self, spec: InputSpec) -> InputSpec:
         return spec if self.image_size is None else replace(spec, size=self.image_size)
@@ -427,13 +515,19 @@ class FolderDataModule(SplitDataModule):
         reloads = bool(trainer and trainer.reload_dataloaders_every_n_epochs)
         return DataLoader(
             dataset,
-            batch_size,
+            batch_size=batch_size,  # by name, so that Lightning can make the loader anew for Trainer.predict
             sampler=sampler,
             drop_last=drop_last,
             num_workers=workers,
             persistent_workers=workers > 0 and not (pin and reloads),  # https://github.com/pytorch/pytorch/issues/91252
             pin_memory=pin,
         )
+
+
+def _is_limited(trainer: Any) -> bool:
+    """Say whether a trainer evaluates a part of the batches: a number of them (an int), or a share below 1.0."""
+    limit = 1.0 if not trainer else trainer.limit_test_batches if trainer.testing else trainer.limit_val_batches
+    return isinstance(limit, int) or limit < 1
 
 
 def plain_root(root: str | os.PathLike[str]) -> str:

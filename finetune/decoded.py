@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+from finetune.console import say
 from finetune.images import FULL, open_picture, read_image, white_text
 from finetune.spot_check import matches_fresh_rows
 from finetune.store import Rows, Store, pictures_key
@@ -57,7 +58,7 @@ def keep_decoded(paths: Sequence[str], side: int, workers: int, white: int = FUL
     about = {"what": f"pictures of {side} pixels", "pictures": f"{len(paths)} files"}
     store = Store(key, (len(paths), room), "uint8", about, used=lambda: [row_bytes(path, side) for path in paths])
     if store.complete and not matches_fresh_rows(store, lambda numbers: [smaller[n] for n in numbers], _ROUNDING):
-        print(f"decoded: the stored {about['what']} are not what is decoded now; they are decoded again")
+        say(f"decoded: the stored {about['what']} are not what is decoded now; they are decoded again")
     if not store.complete:
         with tqdm(total=len(paths), unit="picture", desc="decoded once", leave=False, disable=None) as bar:
 

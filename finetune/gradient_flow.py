@@ -20,10 +20,12 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
 from finetune import escaping
+from finetune.console import say, tell
 from finetune.data import FolderDataModule
 from finetune.errors import ConfigError, DataError
-from finetune.flow_warnings import FlowWarnings, why_it_rests
+from finetune.flow_warnings import FlowWarnings, Rate, why_it_rests
 from finetune.module import FinetuneModule
+from finetune.record import RunRecord
 from finetune.runs import RunLogger, drop_repeated
 from finetune.stage_flow import Flow, Measurement, start_weights
 from finetune.stages import HEAD
@@ -64,6 +66,8 @@ class GradientFlow(Callback):
         self._batch: tuple[str, int, Any] | None = None
         self._pending: Measurement | None = None
         self._start: dict[str, Tensor] | None = None
+        self._rates: dict[str, Rate] = {}
+        self._since = 0.0  # steps of the phase before the one that is measured
 
     # ------------------------------------------------------------------------------------------------- hooks of Lightning
 
@@ -75,7 +79,8 @@ class GradientFlow(Callback):
         self._started = False
         if not self._active or not isinstance(pl_module, FinetuneModule):
             return
-        self._warnings = FlowWarnings(scaled=getattr(trainer.precision_plugin, "scaler", None) is not None)
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        self._warnings = FlowWarnings(scaled, pl_module.hparams.get("lr"), {HEAD, *pl_module.weights_report.untrained})
         named = dict(pl_module.named_parameters())
         members = pl_module.stage_parameters()
         self._members = {stage: {name: named[name] for name in names} for stage, names in members.items()}
@@ -110,9 +115,13 @@ class GradientFlow(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Begin a measurement: gradients are accumulated, reduced and unscaled, and not yet clipped."""
-        if not self._active or self._pending is not None or not self._due(trainer, pl_module):
+        if not self._active or self._pending is not None:
+            return
+        since = self._steps_of_phase(trainer, pl_module)
+        if not self._due(trainer, since):
             return
         assert isinstance(pl_module, FinetuneModule)
+        self._since = since
         if not self._started:
             self._started = True
             self._start = self._starting_point(trainer, pl_module)
@@ -122,6 +131,7 @@ class GradientFlow(Callback):
             if why:
                 self._say(trainer, self._warnings.once("rests", stage, why))
         self._pending = Measurement(self._members, self._start, _loss_scale(trainer, optimizer))
+        self._rates = _rates(trainer)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -134,8 +144,16 @@ class GradientFlow(Callback):
             self._write(trainer, step, flows)
             if any(flow.nonfinite for flow in flows.values()):
                 self._name_pictures(trainer)
-            self._say(trainer, self._warnings.judge(step, flows))
+            self._say(trainer, self._warnings.judge(step, flows, self._rates, self._since))
         self._batch = None
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Compare the loss of the epoch with that of guessing."""
+        loss = trainer.callback_metrics.get("train/loss")  # computed by all processes together
+        guesses = getattr(pl_module, "has_cross_entropy", False)
+        if self._active and guesses and loss is not None:
+            classes = int(pl_module.hparams["num_classes"])
+            self._say(trainer, self._warnings.judge_loss(trainer.current_epoch + 1, float(loss), classes))
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Name the pictures with NaN, if it was they that stopped the run."""
@@ -148,11 +166,14 @@ class GradientFlow(Callback):
 
     # ---------------------------------------------------------------------------------------------------------- measuring
 
-    def _due(self, trainer: L.Trainer, module: L.LightningModule) -> bool:
-        timetable, phase = getattr(module, "timetable", None), getattr(module, "phase", None)
-        begin = phase.start * timetable.steps_per_epoch if timetable and phase else 0
-        since = trainer.global_step - begin
+    def _due(self, trainer: L.Trainer, since: float) -> bool:
         return trainer.global_step % self.every == 0 or (since in _EARLY and since < self.every)
+
+    @staticmethod
+    def _steps_of_phase(trainer: L.Trainer, module: L.LightningModule) -> float:
+        """Return how many steps the present phase is old, before the step that is about to be made."""
+        timetable = getattr(module, "timetable", None)
+        return float(timetable.since_phase(module.place)) if timetable else trainer.global_step
 
     def _meant_to_train(self, module: FinetuneModule) -> list[str]:
         """Return the stages that train now by the policy; what a subclass added beside the stages always does."""
@@ -166,8 +187,9 @@ class GradientFlow(Callback):
         parameters = {n: p for stage, named in self._members.items() if stage not in never for n, p in named.items()}
         start = start_weights(parameters, self.folder and self.folder / START, fresh=trainer.global_step == 0)
         if start is None:
-            module.print(
-                "note: gradients.csv has no distances from now on: the weights that the run began with are not in its folder."
+            tell(
+                module,
+                "note: gradients.csv has no distances from now on: the weights that the run began with are not in its folder.",
             )
         return start
 
@@ -195,9 +217,15 @@ class GradientFlow(Callback):
     # ------------------------------------------------------------------------------------------------------------ warning
 
     def _say(self, trainer: L.Trainer, texts: Sequence[str]) -> None:
-        show = trainer.lightning_module.print if trainer.is_global_zero else print  # which is silent on other processes
         for text in texts:
-            show(f"warning: {escaping.shown(text)}")
+            warning = f"warning: {escaping.shown(text)}"
+            if trainer.is_global_zero:
+                tell(trainer.lightning_module, warning)
+            else:  # where a module prints nothing
+                say(warning)
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, RunRecord):
+                    callback.note_warning(trainer, text)
 
     def _name_pictures(self, trainer: L.Trainer) -> None:
         if self._batch is None:
@@ -209,6 +237,12 @@ class GradientFlow(Callback):
             where = f"{'training' if split == 'train' else 'validation'} batch {number} of epoch {trainer.current_epoch + 1}"
             text = f"pictures hold NaN or infinite values: {names} in {where} (the first batch is 0). Repair or remove them."
             self._say(trainer, self._warnings.once("pictures", names, text))
+
+
+def _rates(trainer: L.Trainer) -> dict[str, Rate]:
+    """Return the learning rate of each stage, at this step and at its highest."""
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups if "stage" in group]
+    return {group["stage"]: Rate(float(group["lr"]), float(group.get("initial_lr", group["lr"]))) for group in groups}
 
 
 def _loss_scale(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> float:
@@ -225,8 +259,8 @@ def _line(values: Sequence[Any]) -> str:
     '50,0,stem,0.25,'
     """
     text = io.StringIO()
-    shown = [f"{value:.8g}" if isinstance(value, float) else value for value in values]
-    csv.writer(text).writerow(shown)
+    written = [escaping.cell(value) if isinstance(value, str) else value for value in values]
+    csv.writer(text).writerow([f"{value:.8g}" if isinstance(value, float) else value for value in written])
     return text.getvalue()
 
 

@@ -27,6 +27,38 @@ from finetune.tiff import TIFF_STARTS, GreyTiff, describe_tiff, grey_of_tiff, re
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm"}
 )
+
+UNREAD_SUFFIXES = frozenset(
+    (
+        ".heic",
+        ".heif",
+        ".avif",
+        ".jxl",
+        ".jp2",
+        ".j2k",
+        ".svg",
+        ".ico",
+        ".psd",
+        ".xcf",
+        ".eps",
+        ".pdf",
+        ".tga",
+        ".exr",
+        ".hdr",
+        ".dng",
+        ".cr2",
+        ".cr3",
+        ".nef",
+        ".arw",
+        ".orf",
+        ".rw2",
+        ".raf",
+        ".raw",
+        ".dcm",
+        ".nii",
+    )
+)
+"""Endings of images that are not read, so that a folder of them is not called empty."""
 """File name endings, in lower case, by which a picture is recognised in a folder."""
 
 _PROGRAMS = {"EPS", "WMF"}

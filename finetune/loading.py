@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler, SequentialSampler
 
 from finetune.decoded import Decoded
 from finetune.errors import DataError
@@ -22,6 +23,7 @@ from finetune.folders import Picture
 from finetune.images import FULL, read_image
 from finetune.randomness import seed_of
 from finetune.transforms import Transform
+from finetune.walk import Pictures
 
 Position = Callable[[], tuple[int, int]]
 Sampling = Literal["natural", "balanced"]
@@ -83,6 +85,26 @@ class PictureDataset(Dataset[dict[str, Any]]):
         return {"image": image, "label": label, "index": index}
 
 
+class UnlabelledDataset(PictureDataset):
+    """All images below a folder, without labels.
+
+    Args:
+        root: The folder.
+        transform: uint8 (3, height, width) -> uint8 (3, size, size).
+
+    Raises:
+        DataError: If there are none.
+    """
+
+    def __init__(self, root: Path, transform: Transform) -> None:
+        files = [os.path.relpath(path, root) for path in Pictures([root]).all()]
+        super().__init__(root, [Picture(file, -1) for file in files], transform)
+
+    def __getitem__(self, key: int | tuple[int, ...]) -> dict[str, Any]:
+        item = super().__getitem__(key)
+        return {"image": item["image"], "index": item["index"]}
+
+
 class PictureError(DataError):
     """A picture that cannot be read; also when it was a worker process that tried, whose traceback is left out."""
 
@@ -106,6 +128,7 @@ class TrainSampler(DistributedSampler[Any]):
         world: Number of processes.
         rank: Number of this process.
         labels: Labels of the pictures, (N,), to show each class equally often; None to show each picture once.
+        shift: Returns how many pictures an epoch is further than its batches say, on all processes together.
     """
 
     def __init__(
@@ -117,10 +140,12 @@ class TrainSampler(DistributedSampler[Any]):
         world: int = 1,
         rank: int = 0,
         labels: Tensor | None = None,
+        shift: Callable[[int], int] | None = None,
     ) -> None:
         super().__init__(dataset, num_replicas=world, rank=rank, seed=seed)
         self.batch_size = batch_size
         self.position = position
+        self.shift = shift
         self.labels = labels
         self.pictures: int = len(dataset)  # type: ignore[arg-type]
         self.num_samples = max(1, self.pictures // world)
@@ -135,8 +160,9 @@ class TrainSampler(DistributedSampler[Any]):
         else:
             order = with_repeats(balanced_order(self.labels, generator).tolist())
         order *= -(-self.total_size // self.pictures)  # fewer pictures than processes
-        mine = order[self.rank : self.total_size : self.num_replicas]
-        return iter([(epoch, *which) for which in mine[skip * self.batch_size :]])
+        begin = skip * self.batch_size * self.num_replicas + (self.shift(epoch) if self.shift and not turn else 0)
+        mine = order[begin + self.rank : self.total_size : self.num_replicas]
+        return iter([(epoch, *which) for which in mine])
 
 
 def balanced_order(labels: Tensor, generator: torch.Generator) -> Tensor:
@@ -176,18 +202,58 @@ def with_repeats(order: Sequence[int]) -> list[tuple[int, ...]]:
     return found
 
 
-class EvalSampler(DistributedSampler[Any]):
-    """Every picture once: a process takes each `world`-th, in order."""
+class EvalSampler(DistributedSampler[Any], SequentialSampler):
+    """Every picture once, always in the same order: a process takes each `world`-th.
 
-    def __init__(self, dataset: Dataset[Any], world: int, rank: int) -> None:
-        super().__init__(dataset, num_replicas=world, rank=rank, shuffle=False)
-        self.mine = range(rank, len(dataset), world)  # type: ignore[arg-type]
+    Lightning leaves samplers of the one base class as they are among several processes, and of the other with
+    `overfit_batches`.
+
+    Args:
+        dataset: The pictures.
+        world: Number of processes.
+        rank: Number of this process.
+        order: The order; that of the dataset if None.
+    """
+
+    def __init__(self, dataset: Dataset[Any], world: int, rank: int, order: Sequence[int] | None = None) -> None:
+        DistributedSampler.__init__(self, dataset, num_replicas=world, rank=rank, shuffle=False)
+        whole: Sequence[int] = range(len(dataset)) if order is None else order  # type: ignore[arg-type]
+        self.mine = whole[rank::world]
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.mine)
 
     def __len__(self) -> int:
         return len(self.mine)
+
+
+def stratified_order(labels: Sequence[int], seed: int) -> list[int]:
+    """Return an order of all images of which each beginning holds the classes in their shares, as nearly as whole images allow.
+
+    So the first batches are a fair subset, where images in the order of their folders begin with the first class alone. The
+    next image is always of the class that lacks most; which one of the class, and the order among equals, are drawn.
+
+    Args:
+        labels: Labels of the images.
+        seed: Seed of what is drawn.
+
+    >>> order = stratified_order([0, 0, 0, 0, 1, 1, 2, 2], seed=0)
+    >>> sorted([0, 0, 0, 0, 1, 1, 2, 2][index] for index in order[:4])
+    [0, 0, 1, 2]
+    """
+    generator = torch.Generator().manual_seed(seed)
+    classes, which = torch.unique(torch.tensor(labels, dtype=torch.int64), return_inverse=True)
+    members = [(which == place).nonzero().flatten() for place in torch.randperm(len(classes), generator=generator)]
+    waiting = [each[torch.randperm(len(each), generator=generator)].tolist() for each in members]
+    counts = np.array([len(each) for each in waiting], np.int64)
+    lacks = np.zeros(len(counts), np.int64)  # times the number of images, so that all numbers are whole
+    order: list[int] = []
+    for _ in range(len(labels)):
+        lacks += counts
+        chosen = int(lacks.argmax())
+        lacks[chosen] -= len(labels)
+        order.append(waiting[chosen].pop())
+    return order
 
 
 def even_batch_size(pictures: int, world: int, batch_size: int) -> int:

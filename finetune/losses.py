@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finetune.errors import ConfigError
+from finetune.labels import classes_of, labels_of
 
 ClassWeights = Literal["none", "balanced", "effective"]
 _EFFECTIVE_BETA = 0.999  # Cui et al. 2019 try 0.9 to 0.9999; this one suits classes of tens to thousands of pictures
@@ -51,6 +52,10 @@ def classification_loss(
         smoothing: Label smoothing (Szegedy et al. 2016).
         focal_gamma: 0 for cross-entropy.
     """
+    if logits.dtype.itemsize < 4:  # half precision is too coarse for sums of logarithms; mixed precision computes so, too
+        logits = logits.float()
+    weight = None if weight is None else weight.to(logits.dtype)
+    targets = targets.to(logits.dtype) if targets.is_floating_point() else targets
     if not focal_gamma:
         each = F.cross_entropy(logits, targets, weight, reduction="none", label_smoothing=smoothing)
         return each.mean()
@@ -71,6 +76,7 @@ def training_counts(data: object, num_classes: int) -> list[int]:
 
     Raises:
         ConfigError: If the data module does not tell its labels.
+        DataError: If they are no labels of these classes.
     """
     labels = getattr(data, "labels", None)
     if not callable(labels):
@@ -78,4 +84,6 @@ def training_counts(data: object, num_classes: int) -> list[int]:
             f"model.class_weights needs the labels of the training pictures, but {type(data).__name__} has no method "
             "labels('train') that returns them. Add one, or set model.class_weights none."
         )
-    return torch.bincount(torch.tensor(labels("train")), minlength=num_classes).tolist()
+    found = labels("train")
+    checked = labels_of(found, len(found), num_classes, what=f"The labels that {type(data).__name__}.labels('train') returns")
+    return torch.bincount(classes_of(checked), minlength=num_classes).tolist()

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchvision.transforms import v2
 
 from finetune import hardware
-from finetune.errors import ConfigError, DataError, did_you_mean
+from finetune.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from finetune.images import decode_image, image_to_tensor, read_image
 from finetune.trained import Trained, open_trained
 from finetune.transforms import InputSpec, Transform, eval_transform
@@ -113,6 +113,14 @@ class Predictor:
         files = [os.fspath(each) if isinstance(each, str | os.PathLike) else "" for each in several]
         return [self.top(Answer(file, row, ""), topk) for file, row in zip(files, self.probabilities(several), strict=True)]
 
+    def inputs(self, pictures: Picture | Sequence[Picture]) -> Tensor:
+        """Return images as the network gets them, uint8 (N, 3, size, size); for the pictures see `__call__`.
+
+        These are resized and cropped: what is given back to the predictor would be so twice.
+        """
+        white = self.trained.input_spec.white
+        return torch.stack([self.transform(_read(each, white)) for each in _as_list(pictures)])
+
     def probabilities(self, pictures: Picture | Sequence[Picture]) -> Values:
         """Return the probabilities of all classes, (N, C); for the pictures see `__call__`."""
         return self._in_batches(pictures, self._probabilities, len(self.classes))
@@ -151,20 +159,32 @@ class Predictor:
         dataset = _Files(files, self.transform, self.batch_size, start, self.trained.input_spec.white)
         compute = self._features if embed else self._probabilities
         for batch, images, errors in DataLoader(dataset, batch_size=None, num_workers=workers):
-            rows = iter(compute(images) if images is not None else ())
+            read = [file for file, error in zip(batch, errors, strict=True) if not error]
+            rows = iter(self._finite(compute(images), read) if images is not None else ())
             yield [Answer(file, None if error else next(rows), error) for file, error in zip(batch, errors, strict=True)]
 
     def _in_batches(self, pictures: Picture | Sequence[Picture], compute: Callable[[Tensor], Values], width: int) -> Values:
         several = _as_list(pictures)
-        found = [
-            compute(
-                torch.stack(
-                    [self.transform(_read(each, self.trained.input_spec.white)) for each in several[at : at + self.batch_size]]
-                )
-            )
-            for at in range(0, len(several), self.batch_size)
-        ]
+        found = []
+        for at in range(0, len(several), self.batch_size):
+            batch = several[at : at + self.batch_size]
+            names = [os.fspath(p) if isinstance(p, str | os.PathLike) else f"image {at + i}" for i, p in enumerate(batch)]
+            found.append(self._finite(compute(self.inputs(batch)), names))
         return np.concatenate(found) if found else np.zeros((0, width), np.float32)
+
+    def _finite(self, values: Values, names: Sequence[str]) -> Values:
+        """Return what was computed of images, (N, ...), if all of it is finite.
+
+        Raises:
+            CheckpointError: If it is not; the message names the first such image.
+        """
+        odd = np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(1))
+        if len(odd):
+            raise CheckpointError(
+                f"{self.trained.path} computes NaN or infinity for {names[odd[0]]}, so it says nothing of the image. Its "
+                "weights are damaged, or too large for the kind of number that it computes in."
+            )
+        return values
 
     @torch.inference_mode()
     def _probabilities(self, images: Tensor) -> Values:

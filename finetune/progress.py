@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from torch import Tensor
 from tqdm import tqdm
 
+from finetune.console import clean
 from finetune.stages import HEAD
 
 
@@ -72,7 +73,7 @@ class Bar(ProgressBar):
         if bar.update(batch_idx + 1 - bar.n):  # it was drawn
             loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
             first = {"loss": float(loss)} if isinstance(loss, Tensor) and loss.numel() == 1 else {}
-            bar.set_postfix_str(shown({**first, **self.get_metrics(trainer, pl_module)}))
+            bar.set_postfix_str(clean(shown({**first, **self.get_metrics(trainer, pl_module)})))
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Close the bar, which leaves its place to the line of the epoch."""
@@ -144,18 +145,6 @@ class Bar(ProgressBar):
 
 
 _FORMAT = "{desc}: {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
-
-
-def duration(seconds: float) -> str:
-    """Return a duration in words.
-
-    >>> duration(4.26), duration(192), duration(7260)
-    ('4.3 s', '3 min 12 s', '2 h 1 min')
-    """
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def shown(values: Mapping[str, Any]) -> str:

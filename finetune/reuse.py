@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from finetune.computation_key import computation_key
+from finetune.console import say, tell
 from finetune.errors import ConfigError, did_you_mean
 from finetune.images import white_text
 from finetune.loading import PictureDataset
@@ -66,7 +68,7 @@ def keep(
     what: str = "",
     first: float = 0.0,
     tolerance: float = ROUNDING,
-    tell: Callable[[str], None] = print,
+    report: Callable[[str], None] = say,
     announce: str = "",
     believed: set[Path] | None = None,
 ) -> Rows:
@@ -85,7 +87,7 @@ def keep(
         what: Said beside the progress bar.
         first: Where to begin, see `Store.make`.
         tolerance: How much a row may differ from what is computed now, see `matches_fresh_rows`.
-        tell: Prints a line.
+        report: Prints a line.
         announce: Printed before rows are made.
         believed: Folders of stores that need no more comparison; this one is added.
 
@@ -104,12 +106,12 @@ def keep(
 
     believed = set() if believed is None else believed
     if store.complete and store.folder not in believed and not matches_fresh_rows(store, fresh, tolerance):
-        tell(f"reuse: stored activations ({what or store.folder.name}) are not what is computed now; they are computed again")
+        report(f"reuse: stored activations ({what or store.folder.name}) are not what is computed now; they are computed again")
     believed.add(store.folder)
     if store.complete:
         return store.rows()
     if announce:
-        tell(announce)
+        report(announce)
     with tqdm(total=store.shape[0], unit="picture", desc=what, leave=False, disable=None) as bar:
 
         def load(ranges: Sequence[range]) -> Iterator[Tensor]:
@@ -309,9 +311,10 @@ def frozen_rows(
     whole = store.bytes * max(1, reuse.views if dataset.seed is not None else 1)
     if whole > reuse.budget:
         if view == 0:
-            module.print(
+            tell(
+                module,
                 f"reuse: {about['what']} of {len(dataset)} pictures ({split}) would take {format_bytes(whole)}, above "
-                f"data.reuse_budget ({format_bytes(reuse.budget)}): in this phase pictures are read instead"
+                f"data.reuse_budget ({format_bytes(reuse.budget)}): in this phase pictures are read instead",
             )
         return None
     if store.complete and believed is not None and store.folder in believed:
@@ -333,7 +336,7 @@ def frozen_rows(
         what=f"up to {stage}, {split}",
         first=trainer.global_rank / trainer.world_size,
         tolerance=rounding(numbers, reuse.dtype),
-        tell=module.print,
+        report=partial(tell, module),
         announce=f"reuse: {about['what']} is computed once for {len(dataset)} pictures ({split}): {format_bytes(store.bytes)}",
         believed=believed,
     )

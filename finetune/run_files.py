@@ -29,6 +29,9 @@ EXPLAINED = "explained.png"
 DOMAINS = "domains.json"  # of domain adaptation
 PREDICTIONS = {split: f"predictions.{split}.csv" for split in ("test", "target", "val")}
 RATE = "lr/"
+OF_TARGET = ("oracle/", "target/")
+"""How metrics begin that were measured on the target of an adaptation: with its labels, and without."""
+_OF_TARGET_TEST = "oracle/target_test"
 
 Row = dict[str, str]
 
@@ -109,15 +112,31 @@ class RunFiles:
         return [(self._place(row), row["stage"], _numbers(row)) for row in _rows(self.folder / GRADIENTS) if row.get("stage")]
 
     @cached_property
-    def steps_per_epoch(self) -> float | None:
-        """Optimizer steps of an epoch, from the rows that end one; None before the first has ended."""
+    def _ends(self) -> dict[float, float]:
+        """How many steps were made when an epoch had ended, by the number of epochs, from the rows that end one."""
         last: dict[float, float] = {}
         for row in self._metric_rows:
             numbers = _numbers(row)
             ends = any(name.startswith(("train/", "val/")) for name in numbers)
             if ends and {"epoch", "step"} <= set(numbers):
-                last[numbers["epoch"]] = max(numbers["step"], last.get(numbers["epoch"], 0.0))
-        return float(np.median([(step + 1) / (epoch + 1) for epoch, step in last.items()])) if last else None
+                done = numbers["epoch"] + 1
+                last[done] = max(numbers["step"] + 1, last.get(done, 0.0))
+        return last
+
+    @cached_property
+    def steps_per_epoch(self) -> float | None:
+        """Optimizer steps of an epoch, the median if they differ; None before the first has ended."""
+        return float(np.median([steps / epochs for epochs, steps in self._ends.items()])) if self._ends else None
+
+    def _epochs_after(self, steps: float) -> float:
+        """Return how many epochs were done after so many steps: epochs of a resumed run may have different lengths."""
+        knots = [(0.0, 0.0)]
+        for epochs, made in sorted(self._ends.items()):
+            if epochs > knots[-1][0] and made > knots[-1][1]:
+                knots.append((epochs, made))
+        at = next((n for n, (_, made) in enumerate(knots) if steps <= made and n), len(knots) - 1)
+        (before, begin), (after, end) = knots[at - 1], knots[at]
+        return before + (after - before) * (steps - begin) / (end - begin)
 
     @property
     def unit(self) -> str:
@@ -151,10 +170,10 @@ class RunFiles:
         return round(float(curve.x[chosen])) - 1
 
     def at_best(self) -> dict[str, float]:
-        """Return the metrics of validation at the best epoch, and those of the test."""
+        """Return the metrics of validation, of a target too, at the best epoch, and those of the test."""
         found: dict[str, float] = {}
         for name, curve in self.metrics.items():
-            if name.startswith("val/") and self.best_epoch is not None:
+            if name.startswith(("val/", *OF_TARGET)) and not name.startswith(_OF_TARGET_TEST) and self.best_epoch is not None:
                 here = np.flatnonzero(np.round(curve.x) == self.best_epoch + 1)
                 found |= {name: float(curve.y[here[-1]])} if len(here) else {}
             elif name.startswith("test/") and len(curve.y):
@@ -211,7 +230,7 @@ class RunFiles:
         if self.steps_per_epoch is None:
             return step
         measured = any(name.startswith(("train/", "val/", "test/", "target/", "oracle/")) for name in numbers)
-        return (step + measured) / self.steps_per_epoch
+        return self._epochs_after(step + measured)
 
 
 def find_run(what: str, root: Path) -> Path:

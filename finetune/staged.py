@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from finetune.boundaries import Boundaries
 from finetune.computation_key import computation_key
-from finetune.errors import DataError
+from finetune.errors import ConfigError, DataError
 from finetune.fold import folded
 from finetune.freezing import Phase, frozen_line, hold_frozen, plan, set_trainable
 from finetune.reuse import Kept, weights_hash
@@ -86,7 +86,8 @@ class StagedModule(L.LightningModule):
                 f"Expected pictures as uint8, or as float between 0 and 1; found float between {low:.3g} and {high:.3g}. "
                 "The module applies mean and standard deviation itself: leave Normalize out of your transforms."
             )
-        return images.sub(self.mean).div_(self.std).contiguous(memory_format=self.memory_layout)
+        normalised = images.sub(self.mean).div_(self.std)
+        return normalised.to(self.mean.dtype).contiguous(memory_format=self.memory_layout)
 
     def features(self, images: Tensor | Kept) -> Tensor:
         """Map pictures (N, 3, H, W), or what was kept of them, to what the head sees (N, C)."""
@@ -155,7 +156,10 @@ class StagedModule(L.LightningModule):
     @cached_property
     def boundaries(self) -> Boundaries:
         """The places where the backbone can be cut."""
-        return Boundaries(self.backbone, self.stages, self._dummy_size)
+        try:
+            return Boundaries(self.backbone, self.stages, self._dummy_size)
+        except ConfigError:  # some take multiples of their window only
+            return Boundaries(self.backbone, self.stages, self.input_spec.size)
 
     @property
     def _dummy_size(self) -> int:
@@ -188,9 +192,7 @@ class StagedModule(L.LightningModule):
             network = computation_key(
                 self.backbone,
                 leave_out=lambda name: any(s.holds(name) or name in s.modules for s in above),
-                moded=lambda name: any(
-                    s.holds(name) or name in s.modules for s in below
-                ),  # others change with the epoch's half
+                moded=lambda name: any(s.holds(name) or name in s.modules for s in below),  # in others it changes in an epoch
             )
             own = [computation_key(getattr(type(self), name)) for name in ("normalise", "lower", "folded_lower")]
             normalisation = weights_hash({"mean": self.mean, "std": self.std})

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+from finetune.console import say
 from finetune.errors import did_you_mean
 from finetune.recipe_files import copy_recipe, list_recipes
 
@@ -23,7 +23,7 @@ class _Parser(argparse.ArgumentParser):
             word = message.removeprefix(prefix).split()[0]
             options = [text for action in self._actions for text in action.option_strings]
             message = f"There is no option '{word}'.{did_you_mean(word.split('=')[0], options)}"
-        print(f"error: {message}\nFor all options: {self.prog} --help", file=sys.stderr)
+        say(f"error: {message}\nFor all options: {self.prog} --help", error=True)
         raise SystemExit(2)
 
 
@@ -36,9 +36,9 @@ def _recipes(words: Sequence[str]) -> None:
     if options.copy:
         name, target = options.copy
         command = copy_recipe(name, Path(target))
-        print(f"Copied to {target}. Use it with: {command}")
+        say(f"Copied to {target}. Use it with: {command}")
     else:
-        print(list_recipes())
+        say(list_recipes())
 
 
 def _stages(words: Sequence[str]) -> None:
@@ -49,7 +49,7 @@ def _stages(words: Sequence[str]) -> None:
     options = parser.parse_args(words)
     from finetune.boundaries import stage_table
 
-    print(stage_table(options.backbone, options.num_classes, options.input))
+    say(stage_table(options.backbone, options.num_classes, options.input))
 
 
 def _weights(words: Sequence[str]) -> None:
@@ -62,7 +62,7 @@ def _weights(words: Sequence[str]) -> None:
     options = parser.parse_args(words)
     from finetune.weight_list import weights_table
 
-    print(weights_table(options.backbone))
+    say(weights_table(options.backbone))
 
 
 def _reuse(words: Sequence[str]) -> None:
@@ -76,7 +76,7 @@ def _reuse(words: Sequence[str]) -> None:
     options = parser.parse_args(words)
     from finetune.store import clear_kept, kept_table
 
-    print(clear_kept(options.unused) if options.clear else kept_table(options.unused))
+    say(clear_kept(options.unused) if options.clear else kept_table(options.unused))
 
 
 def _predict(words: Sequence[str]) -> None:
@@ -142,7 +142,7 @@ def _check(words: Sequence[str]) -> None:
 def _evaluate(words: Sequence[str]) -> None:
     parser = _Parser(
         prog="resnet-finetune evaluate",
-        description="Measure a model on labelled pictures: metrics with 95 %% intervals, per class, confusion, calibration, "
+        description="Measure a model on labelled pictures: metrics with 95 % intervals, per class, confusion, calibration, "
         "and accuracy where it is confident.",
         allow_abbrev=False,
     )
@@ -175,7 +175,7 @@ def _explain(words: Sequence[str]) -> None:
     parser.add_argument("--mistakes", action="store_true", help="explain the run's worst mistakes instead of named pictures")
     parser.add_argument("--stage", help="the stage to look at (default: the last one; see: resnet-finetune stages BACKBONE)")
     parser.add_argument("--label", help="the class to look for (default: the one that is predicted)")
-    parser.add_argument("--neighbours", type=int, default=4, help="training pictures beside each (default: 4)")
+    parser.add_argument("--neighbours", type=int, help="training images beside each (default: 4, none if they are gone)")
     parser.add_argument("--among", metavar="FOLDER", help="where to look for them (default: the run's training pictures)")
     parser.add_argument("--most", type=int, default=40, help="at most so many pictures (default: 40)")
     parser.add_argument("--out", default="explained", help="the folder to write into (default: explained)")
@@ -218,7 +218,7 @@ def _report(words: Sequence[str]) -> None:
     options = parser.parse_args(words)
     from finetune.comparison import report
 
-    print(report(options.runs, options.out))
+    say(report(options.runs, options.out))
 
 
 class Verb(NamedTuple):

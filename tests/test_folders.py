@@ -56,6 +56,14 @@ def test_what_is_skipped_is_counted(tmp_path):
     assert folder.counts("train") == [2, 1]
     assert folder.skipped == {"hidden": 4, "not a picture": 3, "broken link": 2, "outside a class folder": 1}
     assert "skipped: 2 broken link, 4 hidden, 3 not a picture, 1 outside a class folder" in summary(folder)
+    touch(tmp_path, "a/1.HEIC", "a/2.heic", "b/raw.dng")
+    said = summary(scan(tmp_path, val_fraction=0))
+    assert said.endswith(
+        "1 in a format that is not read (.dng), 2 in a format that is not read (.heic): convert them to JPEG or PNG."
+    )
+    touch(tmp_path, "c/1.heic")
+    with pytest.raises(DataError, match=r"(?s)'c' holds no picture.* 3 in a format that is not read \(\.heic\): convert them"):
+        scan(tmp_path)
 
 
 def test_links_are_followed_without_loops(tmp_path):
