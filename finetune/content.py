@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 from finetune.examined import Memory
+from finetune.file_state import file_state
 from finetune.hardware import worker_count
 
 _TABLE = "CREATE TABLE IF NOT EXISTS contents (file BLOB PRIMARY KEY, size INT, mtime INT, ctime INT, inode INT, digest TEXT)"
@@ -92,7 +93,6 @@ def _keep(memory: Memory, found: dict[str, tuple[_State, str]]) -> None:
 
 def _state(path: Path) -> _State | None:
     try:
-        status = os.stat(path)
+        return file_state(path)
     except OSError:
         return None
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino

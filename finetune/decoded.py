@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,11 +14,14 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from finetune.images import FULL, read_image, white_text
+from finetune.console import say
+from finetune.images import FULL, open_picture, read_image, white_text
+from finetune.spot_check import matches_fresh_rows
 from finetune.store import Rows, Store, pictures_key
 from finetune.transforms import LONGEST, CutLongSide
 
 _HEADER = 4  # bytes of a row before its pixels: height and width, 16 bits each
+_ROUNDING = 0.01  # of resizing, where another processor computed the rows
 
 
 class Decoded:
@@ -36,7 +41,7 @@ class Decoded:
 def keep_decoded(paths: Sequence[str], side: int, workers: int, white: int = FULL) -> Decoded:
     """Decode pictures and resize them so that the shorter side has `side` pixels, unless they are kept already or are smaller.
 
-    A row has room for a picture of 4 : 1; what a picture does not fill takes no room on file systems with sparse files.
+    A row has the length of an image of 4 : 1; what is not filled takes no disk space on file systems with sparse files.
 
     Args:
         paths: The files.
@@ -51,14 +56,17 @@ def keep_decoded(paths: Sequence[str], side: int, workers: int, white: int = FUL
     room = _HEADER + 3 * side * side * LONGEST
     key = {**pictures_key(paths, f"shorter side {side}{white_text(white)}"), "what": "decoded"}
     about = {"what": f"pictures of {side} pixels", "pictures": f"{len(paths)} files"}
-    usual = len(paths) * 3 * side * side * 3 // 2
-    store = Store(key, (len(paths), room), "uint8", about, expected=usual)
+    store = Store(key, (len(paths), room), "uint8", about, used=lambda: [row_bytes(path, side) for path in paths])
+    if store.complete and not matches_fresh_rows(store, lambda numbers: [smaller[n] for n in numbers], _ROUNDING):
+        say(f"decoded: the stored {about['what']} are not what is decoded now; they are decoded again")
     if not store.complete:
         with tqdm(total=len(paths), unit="picture", desc="decoded once", leave=False, disable=None) as bar:
 
             def load(ranges: Sequence[range]) -> Iterator[Any]:
                 few = len(ranges) <= 1
-                yield from DataLoader(smaller, batch_sampler=ranges, collate_fn=list, num_workers=0 if few else workers)  # type: ignore[arg-type]
+                own = torch.Generator()  # nothing is random here, yet a loader draws a number, and what follows would change
+                options: dict[str, Any] = {"batch_sampler": ranges, "collate_fn": list, "generator": own}
+                yield from DataLoader(smaller, num_workers=0 if few else workers, **options)
 
             def rows(pictures: list[Rows]) -> list[Rows]:
                 bar.update(len(pictures))
@@ -66,6 +74,31 @@ def keep_decoded(paths: Sequence[str], side: int, workers: int, white: int = FUL
 
             store.make(load, rows)
     return Decoded(store.rows(), side)
+
+
+def row_bytes(path: str, side: int) -> int:
+    """Return the bytes that an image will fill of its row, from the size in the header of its file."""
+    return _HEADER + 3 * pixels_when_smaller(*header_size(path), side)
+
+
+def header_size(path: str) -> tuple[int, int]:
+    """Return height and width as the header of an image says, or as 4 : 1 in the most pixels if it says nothing."""
+    with contextlib.suppress(Exception), warnings.catch_warnings():  # whatever is wrong is said when the image is read
+        warnings.simplefilter("ignore")
+        with open_picture(path) as image:
+            return image.height, image.width
+    return LONGEST * 2**16, 2**16
+
+
+def pixels_when_smaller(height: int, width: int, side: int) -> int:
+    """Return the number of pixels of an image that was cut to 4 : 1 and made smaller.
+
+    >>> pixels_when_smaller(100, 800, 50), pixels_when_smaller(20, 30, 50)
+    (10000, 600)
+    """
+    shorter = min(height, width)
+    longer = min(max(height, width), LONGEST * shorter)
+    return shorter * longer if shorter <= side else side * int(side * longer / shorter)
 
 
 class _Smaller(Dataset[Rows]):

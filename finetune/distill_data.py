@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from finetune.computation_key import computation_key
 from finetune.console import say
 from finetune.content import contents
 from finetune.errors import ConfigError, DataError
@@ -24,7 +25,7 @@ from finetune.hub import pretrained_cfg
 from finetune.loading import PictureDataset, TrainSampler, seeded
 from finetune.module import FinetuneModule
 from finetune.randomness import global_seed, seed_of
-from finetune.reuse import dataset_key, keep, weights_hash
+from finetune.reuse import dataset_key, keep, rounding
 from finetune.runs import find_checkpoint
 from finetune.sample import BUILT_IN
 from finetune.split_changes import Image, describe
@@ -87,6 +88,7 @@ class DistillDataModule(SplitDataModule):
         self.views, self.augment, self.hflip = views, augment, hflip
         self.batch_size, self.image_size, self.val_fraction = batch_size, image_size, val_fraction
         self.workers = worker_count() if workers is None else workers
+        self._believed: set[Path] = set()  # stores whose rows were compared with what the teacher computes
         self.input_spec = _resized(InputSpec.default(), image_size)
 
     @cached_property
@@ -194,17 +196,22 @@ class DistillDataModule(SplitDataModule):
         """Return the teacher's features of each picture in a view, (number, C, grid, grid), computed on first use."""
         spec = _resized(self.teacher.input_spec, self.teacher_size)
         pictures = self._dataset(split, spec, varied=False)
-        named = dict(self.teacher.named_buffers()) | dict(self.teacher.named_parameters())
+        device = best_device()
+        arithmetic = ["32-true", device.type]
+        teacher = self.teacher.to(device)
         key = {
             **dataset_key(pictures, view),
-            "weights": weights_hash(named),
+            "weights": [
+                teacher.frozen_hash(teacher.stage_names[-2]),  # the last before the head
+                computation_key(teacher.embedding),
+                computation_key(type(teacher)),
+            ],
             "stage": f"features in {self.grid} x {self.grid}",
+            "arithmetic": arithmetic,
         }
         about = {"what": f"features of {self.teacher_name}", "pictures": f"{split}, view {view + 1}"}
         width = int(cast(nn.Linear, self.teacher.head).in_features)
         store = Store(key, (len(pictures), width, self.grid, self.grid), "float16", about)
-        device = best_device()
-        teacher = self.teacher.to(device)
         return keep(
             store,
             lambda images: features_in(teacher, images, self.grid),
@@ -213,6 +220,8 @@ class DistillDataModule(SplitDataModule):
             device=device,
             workers=self.workers,
             what=f"teacher, {split} view {view + 1} of {self.views if split == 'train' else 1}",
+            tolerance=rounding(arithmetic, "float16"),
+            believed=self._believed,
         )
 
     @cached_property

@@ -1,7 +1,7 @@
 """Looking at many pictures: in several processes, with a progress bar, and each file only once.
 
-What came out is kept in a small database per folder, `<cache>/checked/<hash>.sqlite`, under the file's size and time of
-change. A check that was interrupted goes on where it was, and after pictures were added it looks at the new ones.
+What came out is kept in a small database per folder, `<cache>/checked/<hash>.sqlite`, under the file's state (size, times,
+inode). A check that was interrupted goes on where it was, and after pictures were added it looks at the new ones.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ from tqdm import tqdm
 from finetune.console import say
 from finetune.errors import DataError
 from finetune.examine import Examined, examine
+from finetune.file_state import file_state
 from finetune.hardware import worker_count
 from finetune.sample import cache_folder
 
-_VERSION = 1  # of what a look says; a change makes what is kept void
+_VERSION = 2  # of what a look says; a change makes what is kept void
 _FEW = 256  # below this number of files, starting processes takes longer than looking
 _BATCH = 32
 
-_TABLE = "CREATE TABLE IF NOT EXISTS looks (file BLOB PRIMARY KEY, size INT, time INT, full INT, said TEXT, digest BLOB)"
+_TABLE = "CREATE TABLE IF NOT EXISTS looks (file BLOB PRIMARY KEY, state TEXT, full INT, said TEXT, digest BLOB)"
 
 
 class _Looks(Dataset[Examined]):
@@ -125,38 +126,39 @@ class Memory:
 
     def _open(self) -> None:
         stamp = json.dumps([_VERSION, PIL.__version__, torchvision.__version__])
-        self.base.execute(_TABLE)
         self.base.execute("CREATE TABLE IF NOT EXISTS stamp (text TEXT)")
-        if self.base.execute("SELECT text FROM stamp").fetchall() != [(stamp,)]:
-            for command in ("DELETE FROM looks", "DELETE FROM stamp"):
-                self.base.execute(command)
+        anew = self.base.execute("SELECT text FROM stamp").fetchall() != [(stamp,)]
+        if anew:
+            self.base.execute("DROP TABLE IF EXISTS looks")  # of another version, perhaps with other columns
+            self.base.execute("DELETE FROM stamp")
+        self.base.execute(_TABLE)
+        if anew:
             self.base.execute("INSERT INTO stamp VALUES (?)", (stamp,))
             self.base.commit()
 
     def recall(self, root: Path, file: str, full: bool) -> Examined | None:
         """Return what is known of a file that is as it was, after a look that was as full."""
         found = self.base.execute("SELECT * FROM looks WHERE file = ?", (os.fsencode(file),)).fetchone()
-        if found is None or found[3] < full or _state(root / file) != found[1:3]:
+        if found is None or found[2] < full or _state(root / file) != found[1]:
             return None
-        error, detail, notes = json.loads(found[4])
-        return Examined(error, detail, tuple((kind, text) for kind, text in notes), found[5])
+        error, detail, notes = json.loads(found[3])
+        return Examined(error, detail, tuple((kind, text) for kind, text in notes), found[4])
 
     def keep(self, root: Path, file: str, full: bool, said: Examined) -> None:
         """Remember what a look came to."""
         state = _state(root / file)
         if state is None or said.error in ("unreadable-file", "broken-link"):  # what a change of permissions mends
             return
-        row: tuple[Any, ...] = (os.fsencode(file), *state, int(full), json.dumps(said[:3]), said.digest)
+        row: tuple[Any, ...] = (os.fsencode(file), state, int(full), json.dumps(said[:3]), said.digest)
         with contextlib.suppress(sqlite3.Error):
-            self.base.execute("INSERT OR REPLACE INTO looks VALUES (?, ?, ?, ?, ?, ?)", row)
+            self.base.execute("INSERT OR REPLACE INTO looks VALUES (?, ?, ?, ?, ?)", row)
             self.pending += 1
             if self.pending % 1000 == 0:
                 self.base.commit()
 
 
-def _state(path: Path) -> tuple[int, int] | None:
+def _state(path: Path) -> str | None:
     try:
-        status = os.stat(path)
+        return json.dumps(file_state(path))
     except OSError:
         return None
-    return status.st_size, status.st_mtime_ns

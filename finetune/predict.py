@@ -16,6 +16,7 @@ from tqdm import tqdm
 from finetune.console import say
 from finetune.errors import ConfigError, DataError
 from finetune.escaping import cell
+from finetune.file_state import file_state
 from finetune.predictor import Answer, Augmentations, Predictor
 from finetune.rows import GrowingFile
 from finetune.trained import describe_trained
@@ -175,7 +176,7 @@ class _Lines(_Encoder):
 def _identity(path: Path) -> list[Any]:
     """Return what tells a model from another one that takes its place."""
     file = path / "model.safetensors" if path.is_dir() else path
-    return [str(path.resolve()), file.stat().st_size, file.stat().st_mtime_ns]
+    return [str(path.resolve()), *file_state(file)]
 
 
 def _refuse_other_pictures(table: GrowingFile, found: str | None, overwrite: bool) -> None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -18,13 +20,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from finetune.console import tell
+from finetune.computation_key import computation_key
+from finetune.console import say, tell
 from finetune.errors import ConfigError, did_you_mean
 from finetune.images import white_text
 from finetune.loading import PictureDataset
+from finetune.spot_check import matches_fresh_rows
 from finetune.store import Rows, Store, format_bytes, pictures_key, take
 
 ReuseType = Literal["float32", "float16"]
+
+ROUNDING = 1e-3
+"""How much a stored row may differ from a fresh one, where sums in another order round differently."""
 
 
 def weights_hash(tensors: Mapping[str, Tensor]) -> str:
@@ -45,7 +52,8 @@ def dataset_key(dataset: PictureDataset, view: int) -> dict[str, Any]:
     """
     random = None if dataset.seed is None else [dataset.seed, view]
     kept = f"{dataset.decoded.side} pixels, " if dataset.decoded else ""
-    return pictures_key(dataset.paths(), f"{kept}{dataset.transform!r}{white_text(dataset.white)}", random)
+    reading = f"{computation_key(type(dataset))} {computation_key(dataset.transform)}{white_text(dataset.white)}"
+    return pictures_key(dataset.paths(), f"{kept}{reading}", random)
 
 
 def keep(
@@ -59,11 +67,17 @@ def keep(
     at_once: int = 64,
     what: str = "",
     first: float = 0.0,
+    tolerance: float = ROUNDING,
+    report: Callable[[str], None] = say,
+    announce: str = "",
+    believed: set[Path] | None = None,
 ) -> Rows:
-    """Make a store with the output of a frozen network for each picture, unless it is there, and return its rows.
+    """Return the rows of a store with the output of a frozen network for each picture, which are made unless they are there.
+
+    Rows that are there are believed if a few of them are what the network computes now; otherwise they are made anew.
 
     Args:
-        store: The store, whose key holds all that the output depends on.
+        store: The store, whose key holds all that the output is known to depend on.
         compute: The network: uint8 pictures (N, 3, height, width) on `device` → (N, …).
         dataset: The pictures; row i is that of picture i.
         view: Which of the transform's random results to take.
@@ -72,28 +86,48 @@ def keep(
         at_once: How many pictures pass the network together, on which its memory depends.
         what: Said beside the progress bar.
         first: Where to begin, see `Store.make`.
+        tolerance: How much a row may differ from what is computed now, see `matches_fresh_rows`.
+        report: Prints a line.
+        announce: Printed before rows are made.
+        believed: Folders of stores that need no more comparison; this one is added.
 
     Raises:
         DataError: If a picture cannot be read, or the rows cannot be written.
     """
+
+    def outputs(images: Tensor) -> Rows:
+        with torch.inference_mode():
+            parts = torch.split(images.to(device, non_blocking=True), at_once)
+            rows = [compute(part).float().cpu() for part in parts]
+        return torch.cat(rows).numpy().astype(store.dtype, copy=False)
+
+    def fresh(numbers: list[int]) -> Rows:
+        return outputs(torch.stack([dataset[view, number]["image"] for number in numbers]))
+
+    believed = set() if believed is None else believed
+    if store.complete and store.folder not in believed and not matches_fresh_rows(store, fresh, tolerance):
+        report(f"reuse: stored activations ({what or store.folder.name}) are not what is computed now; they are computed again")
+    believed.add(store.folder)
     if store.complete:
         return store.rows()
+    if announce:
+        report(announce)
     with tqdm(total=store.shape[0], unit="picture", desc=what, leave=False, disable=None) as bar:
 
         def load(ranges: Sequence[range]) -> Iterator[Tensor]:
             batches = [[(view, index) for index in numbers] for numbers in ranges]
             bar.update(store.shape[0] - sum(map(len, ranges)) - bar.n)
-            for batch in DataLoader(dataset, batch_sampler=batches, num_workers=workers if len(ranges) > 2 else 0):
+            own = torch.Generator()  # a loader draws a number; from torch's own generator, what follows would change
+            options: dict[str, Any] = {"batch_sampler": batches, "generator": own}
+            for batch in DataLoader(dataset, num_workers=workers if len(ranges) > 2 else 0, **options):
                 yield batch["image"]
 
-        def outputs(images: Tensor) -> Rows:
-            with torch.inference_mode():
-                parts = torch.split(images.to(device, non_blocking=True), at_once)
-                rows = [compute(part).float().cpu() for part in parts]
+        def rows(images: Tensor) -> Rows:
+            found = outputs(images)
             bar.update(len(images))
-            return torch.cat(rows).numpy().astype(store.dtype, copy=False)
+            return found
 
-        store.make(load, outputs, first)
+        store.make(load, rows, first)
     return store.rows()
 
 
@@ -171,6 +205,7 @@ class ReuseLoader:
         self.dataset = cast(PictureDataset, pictures.dataset)
         self._labels = torch.tensor([picture.label for picture in self.dataset.pictures])
         self._served: tuple[Any, Rows] | None = None
+        self._believed: set[Path] = set()
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -195,7 +230,7 @@ class ReuseLoader:
         view = epoch % views if views else 0
         now = self.trainer.lightning_module.phase, stage, view  # a later phase may freeze what was trained meanwhile
         if self._served is None or self._served[0] != now:
-            rows = frozen_rows(self.trainer, self.pictures, stage, view, self.reuse, self.split)
+            rows = frozen_rows(self.trainer, self.pictures, stage, view, self.reuse, self.split, self._believed)
             if rows is None:
                 return None
             self._served = now, rows
@@ -252,18 +287,25 @@ def _refuse_refreezing(module: Any, phases: Sequence[Any]) -> None:
 
 
 def frozen_rows(
-    trainer: Any, pictures: DataLoader[dict[str, Any]], stage: str, view: int, reuse: Reuse, split: str
+    trainer: Any,
+    pictures: DataLoader[dict[str, Any]],
+    stage: str,
+    view: int,
+    reuse: Reuse,
+    split: str,
+    believed: set[Path] | None = None,
 ) -> Rows | None:
     """Return what the stages up to `stage` make of each picture, computed unless it is kept; None if it is over the budget.
 
-    Activations with height and width are kept channels last: (number, height, width, C).
+    Activations with height and width are kept channels last: (number, height, width, C). Folders of stores in `believed` were
+    compared with a fresh pass before.
     """
     module, dataset = trainer.lightning_module, cast(PictureDataset, pictures.dataset)
-    arithmetic = [trainer.precision, str(module.device.type), str(module.memory_layout)]
     with torch.inference_mode():
         blank = torch.zeros(1, 3, *2 * [trainer.datamodule.input_spec.size], dtype=torch.uint8, device=module.device)
         shape = _channels_last(module.lower(blank, stage)).shape[1:]
-    key = {**dataset_key(dataset, view), "weights": module.frozen_hash(stage), "stage": stage, "arithmetic": arithmetic}
+    numbers = arithmetic(trainer)
+    key = {**dataset_key(dataset, view), "weights": module.frozen_hash(stage), "stage": stage, "arithmetic": numbers}
     about = {"what": f"{module.hparams['backbone']} up to {stage}", "pictures": f"{split} of {dataset.root}, view {view + 1}"}
     store = Store(key, (len(dataset), *shape), reuse.dtype, about)
     whole = store.bytes * max(1, reuse.views if dataset.seed is not None else 1)
@@ -275,18 +317,50 @@ def frozen_rows(
                 f"data.reuse_budget ({format_bytes(reuse.budget)}): in this phase pictures are read instead",
             )
         return None
-    if store.complete:
+    if store.complete and believed is not None and store.folder in believed:
         return store.rows()
-    tell(module, f"reuse: {about['what']} is computed once for {len(dataset)} pictures ({split}): {format_bytes(store.bytes)}")
     lower = module.lower if reuse.dtype == "float32" else module.folded_lower()  # float16 rounds anyway
 
     def compute(images: Tensor) -> Tensor:
         with trainer.precision_plugin.forward_context():
             return _channels_last(lower(images, stage))
 
-    first = trainer.global_rank / trainer.world_size
-    options: dict[str, Any] = {"workers": pictures.num_workers, "at_once": pictures.batch_size or 1, "first": first}
-    return keep(store, compute, dataset, view, device=module.device, what=f"up to {stage}", **options)
+    return keep(
+        store,
+        compute,
+        dataset,
+        view,
+        device=module.device,
+        workers=pictures.num_workers,
+        at_once=pictures.batch_size or 1,
+        what=f"up to {stage}, {split}",
+        first=trainer.global_rank / trainer.world_size,
+        tolerance=rounding(numbers, reuse.dtype),
+        report=partial(tell, module),
+        announce=f"reuse: {about['what']} is computed once for {len(dataset)} pictures ({split}): {format_bytes(store.bytes)}",
+        believed=believed,
+    )
+
+
+def arithmetic(trainer: Any) -> list[str]:
+    """Return what decides how numbers are rounded: precision, device, layout, and how matrices may be multiplied."""
+    module, plugin = trainer.lightning_module, trainer.precision_plugin
+    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    kinds = type(plugin).__qualname__, torch.get_float32_matmul_precision(), str(torch.get_default_dtype())
+    return [str(trainer.precision), str(module.device.type), str(module.memory_layout), *kinds, str(tf32)]
+
+
+def rounding(numbers: Sequence[str], dtype: ReuseType) -> float:
+    """Return how much two passes over one picture may differ by rounding: 16 units in the last place of the coarsest number.
+
+    >>> rounding(["32-true", "cpu"], "float32"), rounding(["bf16-mixed", "cpu"], "float32"), rounding(["32-true"], "float16")
+    (0.001, 0.0625, 0.0078125)
+    """
+    coarse = {"bf16": 2**-8, "16": 2**-11}
+    steps = [step for name, step in coarse.items() if numbers[0].startswith(name)]
+    if dtype == "float16" or "cuda" in numbers:  # where matrices may be multiplied in TF32
+        steps.append(2**-11)
+    return max([ROUNDING, *(16 * step for step in steps)])
 
 
 def _channels_last(activation: Tensor) -> Tensor:

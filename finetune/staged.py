@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cached_property
+from importlib.metadata import version
 from typing import TypeVar
 
 import lightning as L
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from finetune.boundaries import Boundaries
+from finetune.computation_key import computation_key
 from finetune.errors import ConfigError, DataError
 from finetune.fold import folded
 from finetune.freezing import Phase, frozen_line, hold_frozen, plan, set_trainable
@@ -143,7 +145,7 @@ class StagedModule(L.LightningModule):
     def apply_phase(self, phase: Phase) -> None:
         """Let the stages of a phase train and freeze the others: their weights, gradients and statistics stay as they are."""
         self._set_trainable(phase)
-        self._phase = phase
+        self._phase, self._hashed = phase, None
         self.train(self.training)
 
     @property
@@ -180,16 +182,21 @@ class StagedModule(L.LightningModule):
         return f"with model.freezing {self.hparams['freezing']} even the first stage changes"
 
     def frozen_hash(self, stage: str) -> str:
-        """Return a hash of all that the stages up to one depend on: their weights and the normalisation of pictures."""
+        """Return a hash of all that the output of the stages up to one depends on.
+
+        That is the backbone but for the stages above: modules, settings, weights and code; and how pictures are normalised.
+        """
         if self._hashed is None or self._hashed[:2] != (stage, self._phase):
-            names = [s.name for s in self.stages]
-            below = self.stages[: names.index(stage) + 1]
-            tensors = {"mean": self.mean, "std": self.std} | {
-                name: tensor
-                for name, tensor in self.backbone.state_dict().items()
-                if not name.endswith("num_batches_tracked") and any(s.holds(name) for s in below)
-            }
-            self._hashed = stage, self._phase, f"{type(self.backbone).__qualname__} {weights_hash(tensors)}"
+            place = [s.name for s in self.stages].index(stage) + 1
+            below, above = self.stages[:place], self.stages[place:]
+            network = computation_key(
+                self.backbone,
+                leave_out=lambda name: any(s.holds(name) or name in s.modules for s in above),
+                moded=lambda name: any(s.holds(name) or name in s.modules for s in below),  # in others it changes in an epoch
+            )
+            own = [computation_key(getattr(type(self), name)) for name in ("normalise", "lower", "folded_lower")]
+            normalisation = weights_hash({"mean": self.mean, "std": self.std})
+            self._hashed = stage, self._phase, " ".join([network, normalisation, *own, version("timm")])
         return self._hashed[2]
 
     def _set_trainable(self, phase: Phase) -> None:

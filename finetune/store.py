@@ -14,6 +14,7 @@ it; a process that is killed leaves its finished blocks to the next. The store c
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -24,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,9 @@ import numpy as np
 from filelock import FileLock, Timeout
 from tabulate import tabulate
 
+from finetune.allocation import allocate
 from finetune.errors import DataError
+from finetune.file_state import file_state
 from finetune.files import MARK, is_ours, mark_folder, remove_ours, write_atomically
 from finetune.sample import cache_folder
 
@@ -43,7 +47,7 @@ Compute = Callable[[Any], Rows | list[Rows]]
 BLOCK = 64  # rows
 _ABOUT, _ROWS, _DONE, _LOCK = "about.json", "rows", "done", "lock"
 _NAMES = (_ABOUT, _ROWS, _DONE, _LOCK, f"{_LOCK}-*")  # all that a store may hold, beside its mark
-_VERSION = 1  # of the way from a file to a row; a change makes all that is kept void
+_VERSION = 2  # of the way from a file to a row; a change makes all that is kept void
 _FREE = 2**28  # bytes of the disk that are left alone
 
 
@@ -70,9 +74,15 @@ def kept_folder() -> Path:
 
 
 def file_identity(path: str | os.PathLike[str]) -> str:
-    """Return what a file is known by: its absolute path, size and time of change."""
-    status = os.stat(path)
-    return f"{os.path.abspath(path)}\0{status.st_size}\0{status.st_mtime_ns}"
+    """Return what a file is known by: its absolute path and its state.
+
+    Raises:
+        DataError: If there is no such file.
+    """
+    try:
+        return "\0".join(map(str, (os.path.abspath(path), *file_state(path))))
+    except OSError as error:
+        raise DataError(f"{path} cannot be opened: {error.strerror or error}. Check the path and its permissions.") from error
 
 
 def pictures_key(paths: Sequence[str], transform: str, random: Sequence[int] | None = None) -> dict[str, Any]:
@@ -109,7 +119,8 @@ class Store:
         dtype: Their kind of number.
         about: A description for people, as plain values.
         root: The folder of all stores.
-        expected: Bytes that the rows will take on the disk, where many of them are filled in part only.
+        used: Returns the bytes of each row that will be filled, where rows are filled in part only; the rest takes no disk
+            space on file systems with sparse files. It is called before rows are made.
     """
 
     def __init__(
@@ -119,18 +130,22 @@ class Store:
         dtype: str = "float32",
         about: Mapping[str, Any] | None = None,
         root: Path | None = None,
-        expected: int | None = None,
+        used: Callable[[], Sequence[int]] | None = None,
     ) -> None:
         self.shape, self.dtype = shape, np.dtype(dtype)
         whole = {**key, "shape": list(shape), "dtype": str(self.dtype)}
         self.folder = (root or kept_folder()) / key_hash(whole)
-        self.expected = self.bytes if expected is None else expected
+        self._used = used
         self.about = {**(about or {}), "shape": list(shape), "dtype": str(self.dtype)}
 
     @property
     def bytes(self) -> int:
         """What the rows take on the disk."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def _row_bytes(self) -> int:
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
 
     @property
     def complete(self) -> bool:
@@ -168,10 +183,29 @@ class Store:
                 self._fill([*missing[begin:], *missing[:begin]], load, compute)
                 self._finish()
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise self._no_space() from error
             raise DataError(
                 f"What is computed once cannot be kept in {self.folder}: {error.strerror or error}. Set the environment "
                 "variable RESNET_FINETUNE_CACHE to a folder that can be written, or switch reuse off."
             ) from error
+
+    def state(self) -> tuple[int, int] | None:
+        """Return what tells the rows that are there from ones that are made later; None if the store is not complete."""
+        with contextlib.suppress(OSError):
+            status = (self.folder / _ROWS).stat()
+            return (status.st_ino, status.st_mtime_ns) if self.complete else None
+        return None
+
+    def discard(self, state: tuple[int, int] | None) -> None:
+        """Delete the rows, unless another process has done so since `state` was asked for.
+
+        Processes that have them open read on in what they opened.
+        """
+        with FileLock(self.folder / _LOCK):
+            if state is not None and self.state() == state:
+                (self.folder / _ABOUT).unlink(missing_ok=True)  # first: what is left must not be believed
+                (self.folder / _ROWS).unlink(missing_ok=True)
 
     def _prepare(self) -> None:
         """Make the files, unless an earlier process left some that fit."""
@@ -180,11 +214,23 @@ class Store:
             fit = rows.is_file() and rows.stat().st_size == self.bytes
             if self.complete or (fit and done.is_file() and done.stat().st_size == self._blocks):
                 return
-            self._require_room()
-            done.unlink(missing_ok=True)
-            for path, size in ((rows, self.bytes), (done, self._blocks)):
-                with path.open("wb") as file:
-                    file.truncate(size)
+            for path in (done, rows):
+                path.unlink(missing_ok=True)
+            self._require_space()
+            try:
+                with rows.open("xb") as file:
+                    allocate(file, self.bytes, self._filled)
+                write_atomically(done, bytes(self._blocks))
+            except OSError:
+                rows.unlink(missing_ok=True)
+                raise
+
+    @cached_property
+    def _filled(self) -> list[tuple[int, int]]:
+        """The parts of the file that will be filled: where each begins, and its bytes."""
+        if self._used is None:
+            return [(0, self.bytes)]
+        return [(number * self._row_bytes, size) for number, size in enumerate(self._used())]
 
     @property
     def _blocks(self) -> int:
@@ -203,29 +249,40 @@ class Store:
     def _fill(self, missing: Sequence[int], load: Load, compute: Compute) -> None:
         """Compute the blocks that no other process is at; wait for one of those if there is nothing else to do."""
         busy = []
-        rows = self._map("r+")
         for block, loaded in zip(missing, load([self._range(block) for block in missing]), strict=True):
             lock = FileLock(self.folder / f"{_LOCK}-{block}")
             try:
                 with lock.acquire(timeout=0):
-                    self._fill_block(rows, block, loaded, compute)
+                    self._fill_block(block, loaded, compute)
             except Timeout:
                 busy.append(lock)
         for lock in busy[:1]:
             with lock:
                 pass
 
-    def _fill_block(self, rows: Rows, block: int, loaded: Any, compute: Compute) -> None:
-        with contextlib.suppress(FileNotFoundError), (self.folder / _DONE).open("r+b") as marks:
+    def _fill_block(self, block: int, loaded: Any, compute: Compute) -> None:
+        try:
+            marks = (self.folder / _DONE).open("r+b")
+        except FileNotFoundError:  # another process has just finished
+            return
+        with marks:
             marks.seek(block)
             if marks.read(1) == b"\0":
-                numbers = self._range(block)
-                for number, row in zip(numbers, compute(loaded), strict=True):
-                    rows[number, : len(row)] = row
-                rows.flush()  # type: ignore[attr-defined]
-                _let_go(rows)
+                self._write(self._range(block), compute(loaded))
                 marks.seek(block)
                 marks.write(b"\1")
+
+    def _write(self, numbers: Sequence[int], rows: Rows | list[Rows]) -> None:
+        """Write rows to their places; not through a memory map, where a full disk would end the process."""
+        with (self.folder / _ROWS).open("r+b") as file:
+            for number, row in zip(numbers, rows, strict=True):
+                data = np.ascontiguousarray(row, self.dtype)
+                if data.nbytes > self._row_bytes or (self._used is None and data.shape != self.shape[1:]):
+                    raise ValueError(f"Expected rows of shape {self.shape[1:]}, found {data.shape}.")
+                file.seek(number * self._row_bytes)
+                file.write(data.data)
+            file.flush()
+            os.fsync(file.fileno())  # before the mark that says so
 
     def _finish(self) -> None:
         with FileLock(self.folder / _LOCK):
@@ -235,14 +292,18 @@ class Store:
             for path in (self.folder / _DONE, *self.folder.glob(f"{_LOCK}-*")):
                 path.unlink(missing_ok=True)
 
-    def _require_room(self) -> None:
-        free = shutil.disk_usage(self.folder).free
-        if self.expected + _FREE > free:
-            raise DataError(
-                f"Keeping what is computed once needs {format_bytes(self.expected)} in {self.folder.parent}, where "
-                f"{format_bytes(free)} are free. Make room (resnet-finetune reuse --clear), set RESNET_FINETUNE_CACHE to a "
-                "folder on a larger disk, or switch reuse off."
-            )
+    def _require_space(self) -> None:
+        if sum(size for _, size in self._filled) + _FREE > shutil.disk_usage(self.folder).free:
+            raise self._no_space()
+
+    def _no_space(self) -> DataError:
+        needed = sum(size for _, size in self._filled)
+        existing = next(folder for folder in (self.folder, *self.folder.parents) if folder.is_dir())
+        return DataError(
+            f"Keeping what is computed once needs {format_bytes(needed)} in {self.folder.parent}, where "
+            f"{format_bytes(shutil.disk_usage(existing).free)} are free. Make room (resnet-finetune reuse --clear), set "
+            "RESNET_FINETUNE_CACHE to a folder on a larger disk, or switch reuse off."
+        )
 
 
 def take(rows: Rows, indices: Sequence[int]) -> Rows:

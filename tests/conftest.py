@@ -10,6 +10,7 @@ import sys
 import tempfile
 from dataclasses import replace
 from html.parser import HTMLParser
+from importlib import metadata
 from pathlib import Path
 
 import lightning as L
@@ -20,6 +21,7 @@ import torch
 import yaml
 from PIL import Image
 
+from finetune import package_weights
 from finetune.card import write_weights
 from finetune.module import FinetuneModule
 from finetune.outcomes import Outcome, write_outcome
@@ -61,6 +63,28 @@ def empty_caches(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     return tmp_path
+
+
+_INSTALLED = {Path(entry).resolve() for entry in sys.path}  # before a test adds folders of its own
+
+
+class _MetadataWithoutOffline:
+    """Metadata of installed packages, but for one that the extra `offline` may have brought; a test's own is found."""
+
+    PackageNotFoundError = metadata.PackageNotFoundError
+
+    @staticmethod
+    def distribution(name):
+        found = metadata.distribution(name)
+        if Path(found.locate_file("")).resolve() in _INSTALLED:
+            raise metadata.PackageNotFoundError(name)
+        return found
+
+
+@pytest.fixture(autouse=True)
+def _without_offline_package(monkeypatch):
+    """Whether the extra `offline` is installed makes no difference to any test."""
+    monkeypatch.setattr(package_weights, "metadata", _MetadataWithoutOffline)
 
 
 INPUT = {"size": 48, "mean": [0.5, 0.4, 0.3], "std": [0.25, 0.5, 0.125], "interpolation": "bicubic", "crop": 0.75}

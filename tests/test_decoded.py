@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from finetune import DataError, FolderDataModule
-from finetune.decoded import keep_decoded
+from finetune.decoded import keep_decoded, row_bytes
 from finetune.images import read_image
 from finetune.sample import digits_folder
 
@@ -40,15 +40,60 @@ def test_sizes_and_pixels(pictures):
     assert kept[0].dtype == torch.uint8
 
 
-def test_files_are_read_once(pictures):
+def count_reads(monkeypatch):
+    read = []
+    monkeypatch.setattr("finetune.decoded.read_image", lambda path, *options: read.append(path) or read_image(path, *options))
+    return read
+
+
+def test_files_are_read_once(tmp_path, monkeypatch):
+    paths = sorted(map(str, (digits_folder() / "val" / "3").iterdir()))
+    assert len(paths) > 8
+    read = count_reads(monkeypatch)
+    first = keep_decoded(paths, 20, workers=0)
+    assert sorted(read) == paths
+    del read[:]
+    second = keep_decoded(paths, 20, workers=0)
+    assert len(read) == 4  # a few are compared with what was kept
+    assert {paths[0], paths[-1]} < set(read)
+    assert all(torch.equal(first[n], second[n]) for n in range(len(paths)))
+    keep_decoded(paths, 10, workers=0)  # another size: the files are read again
+    assert sorted(read[4:]) == paths
+
+
+def test_a_file_of_equal_size_and_time_is_noticed(pictures):
     keep_decoded(pictures, 50, workers=0)
     status = os.stat(pictures[0])
     with open(pictures[0], "wb") as file:
         file.write(bytes(status.st_size))
     os.utime(pictures[0], ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert keep_decoded(pictures, 50, workers=0)[0].float().std() > 1
-    with pytest.raises(DataError, match=r"0\.png is not a picture"):  # another size: the files are read again
-        keep_decoded(pictures, 40, workers=0)
+    with pytest.raises(DataError, match=r"0\.png is not a picture"):
+        keep_decoded(pictures, 50, workers=0)
+
+
+def test_rows_that_are_not_what_is_decoded_are_made_again(tmp_path, pictures, capsys):
+    first = keep_decoded(pictures, 50, workers=0)
+    wanted = [first[n].clone() for n in range(4)]
+    (rows,) = (tmp_path / "kept").glob("*/rows")
+    with rows.open("r+b") as file:
+        file.seek(4 + 3 * 50 * 50 * 4 + 4)  # the pixels of the second image
+        file.write(bytes(3 * 50 * 200))
+    assert torch.equal(first[1], torch.zeros(3, 50, 200, dtype=torch.uint8))
+    second = keep_decoded(pictures, 50, workers=0)
+    assert "not what is decoded now" in capsys.readouterr().out
+    assert all(torch.equal(second[n], wanted[n]) for n in range(4))
+
+
+@pytest.mark.parametrize("side", [30, 50, 300])
+def test_the_size_that_is_expected_is_what_is_written(pictures, side):
+    """Against the images as they are made smaller."""
+    kept = keep_decoded(pictures, side, workers=0)
+    assert [row_bytes(path, side) for path in pictures] == [4 + kept[n].numel() for n in range(4)]
+    with Image.open(pictures[0]) as image:
+        exif = Image.Exif()
+        exif[0x0112] = 6  # to be turned
+        image.save(pictures[0] + ".jpg", exif=exif)
+    assert row_bytes(pictures[0] + ".jpg", side) == 4 + keep_decoded([pictures[0] + ".jpg"], side, workers=0)[0].numel()
 
 
 def test_room_that_no_picture_fills_is_not_taken(tmp_path, pictures):

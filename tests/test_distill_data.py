@@ -97,9 +97,12 @@ def asked(data):
 def test_the_teacher_is_asked_once_per_picture_and_view(tmp_path):
     folder, first, second = pictures(tmp_path / "p"), teacher_file(tmp_path, 1), teacher_file(tmp_path, 2)
     train, val = 9, 3
+    few = 4 + 4 + 3  # of each view and of the pictures held out, compared with what was kept
     assert asked(data_of(folder, teacher_weights=first)) == 2 * train + val
-    assert asked(data_of(folder, teacher_weights=first)) == 0
-    assert asked(data_of(folder, teacher_weights=first, views=3)) == train  # the third view
+    again = data_of(folder, teacher_weights=first)
+    assert asked(again) == few
+    assert asked(again) == 0
+    assert asked(data_of(folder, teacher_weights=first, views=3)) == few + train  # the third view
     assert asked(data_of(folder, teacher_weights=second)) == 2 * train + val
     assert asked(data_of(folder, teacher_weights=first, teacher_size=48)) == 2 * train + val
 
@@ -107,12 +110,12 @@ def test_the_teacher_is_asked_once_per_picture_and_view(tmp_path):
 def test_a_changed_picture_is_looked_at_again(tmp_path):
     folder, weights = pictures(tmp_path / "p"), teacher_file(tmp_path)
     data = data_of(folder, teacher_weights=weights)
-    data.prepare_data()
+    assert asked(data) == 21
     before = np.array(data.targets("val", 0))
     changed = data.files["val"][0].file
     Image.new("RGB", (40, 40), (250, 10, 10)).save(changed)
     again = data_of(folder, teacher_weights=weights)
-    assert asked(again) == 3  # those of the split that it is in
+    assert asked(again) == 4 + 4 + 3  # the three of the split that it is in; the others are compared
     after = np.array(again.targets("val", 0))
     assert not np.array_equal(before[0], after[0])
     assert np.array_equal(before[1:], after[1:])

@@ -1,21 +1,25 @@
 """A disk that fills up: told before training, or in the middle of a checkpoint, which leaves the one before it as it was."""
 
+import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 
 import finetune
 from finetune import CheckpointError, FinetuneModule, FolderDataModule
+from finetune.allocation import allocate
 from finetune.room import require_room
 from finetune.runs import AtomicCheckpointIO
 from finetune.saving import checkpoint_bytes
 from finetune.soup import BestEpochs
+from finetune.store import Store
 
 PROGRAM = str(Path(finetune.__file__).parent.parent / "cli.py")
 FILL = """
@@ -73,6 +77,93 @@ def test_a_disk_that_fills_up_during_a_run(tmp_path):
     assert "resnet-finetune fit --ckpt_path runs/full/" in message
     assert "Traceback" not in done.stderr
     print(message)
+
+
+STORES = """
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+import finetune.store
+from finetune import DataError
+from finetune.decoded import keep_decoded
+from finetune.store import Store
+
+free = int(sys.argv[2])  # what is left alone of the disk; below zero nothing is noticed before space is allocated
+finetune.store._FREE = free
+finetune.store.kept_folder = lambda: Path("runs/kept")
+Path("runs/kept").mkdir()
+Path("runs/kept/not_ours").write_bytes(bytes(10_000))
+asked = []
+try:
+    if sys.argv[1] == "decoded":
+        for number in range(4):
+            Image.new("RGB", (4000, 1000), (number, 0, 0)).save(f"elsewhere/{number}.png")
+        keep_decoded([f"elsewhere/{number}.png" for number in range(4)] * 10, 300, 0)  # 40 x 1.08 MB
+    else:
+        def compute(numbers):
+            asked.append(len(numbers))
+            return np.ones((len(numbers), 100_000), np.float32)
+        Store({"a": 1}, (100, 100_000)).make(iter, compute)  # 40 MB
+except DataError as error:
+    print("error:", error)
+print("asked", asked)
+print("left", sorted(path.name for path in Path("runs/kept").rglob("*") if path.is_file() and "lock" not in path.name))
+"""
+ON_SMALL_DISK = """
+set -e
+mount -t tmpfs -o size=24m tmpfs runs
+"$@"
+"""
+
+
+@pytest.mark.skipif(not can_mount(), reason="no namespaces of the user's own here, so no small disk can be mounted")
+@pytest.mark.parametrize("left_alone", [0, -(10**9)])
+@pytest.mark.parametrize("store", ["decoded", "reuse"])
+def test_a_store_that_outgrows_the_disk(tmp_path, store, left_alone):
+    (tmp_path / "stores.py").write_text(STORES)
+    for folder in ("runs", "elsewhere"):
+        (tmp_path / folder).mkdir()
+    program = [sys.executable, "stores.py", store, str(left_alone)]
+    words = ["unshare", "-rm", "sh", "-c", ON_SMALL_DISK, "sh", *program]
+    path = {"PYTHONPATH": str(Path(finetune.__file__).parent.parent)}
+    environment = {**os.environ, **path, "TMPDIR": str(tmp_path / "elsewhere"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr  # not ended by a signal
+    size = {"decoded": 40 * (4 + 3 * 300 * 1200), "reuse": 100 * 100_000 * 4}[store]
+    message, asked, left = done.stdout.splitlines()
+    assert f"needs {size / 1e6:.1f} MB in runs/kept, where 2" in message  # and what there is: 25.1 MB and a little less
+    assert "reuse --clear" in message
+    assert asked == "asked []"  # before anything is computed
+    assert left == "left ['not_ours']"
+
+
+def test_where_space_cannot_be_reserved_zeros_are_written(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EOPNOTSUPP, "not supported")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse, raising=False)
+    monkeypatch.setattr("finetune.allocation._PIECE", 10_000)
+    with (tmp_path / "a").open("xb") as file:
+        allocate(file, 2_000_000, [(0, 25_000), (1_500_000, 12_345)])
+    status = (tmp_path / "a").stat()
+    assert status.st_size == 2_000_000
+    assert 25_000 + 12_345 <= status.st_blocks * 512 < 100_000
+    assert not any((tmp_path / "a").read_bytes())
+
+
+def test_space_is_reserved_before_rows_are_computed(tmp_path):
+    store = Store({"a": 1}, (100, 1000), root=tmp_path)
+    taken = []
+
+    def compute(numbers):
+        taken.append((store.folder / "rows").stat().st_blocks * 512)
+        return np.ones((len(numbers), 1000), np.float32)
+
+    store.make(iter, compute)
+    assert min(taken) >= store.bytes == 400_000
 
 
 def test_too_little_room_is_told_before_training(tmp_path):
