@@ -15,7 +15,6 @@ import base64
 import contextlib
 import csv
 import hashlib
-import importlib.util
 import io
 import os
 import shutil
@@ -64,11 +63,12 @@ class Attack(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What an attack came to: its exit code, what changed, whether code ran, and the last line that was printed."""
+    """What an attack came to: its exit code, what changed, whether code ran, what steers, and the last line printed."""
 
     code: object
     changed: list[str]
     ran: bool
+    steers: list[str]
     said: str
 
 
@@ -155,10 +155,20 @@ def judge(attack: Attack, scratch: Path, apart: bool) -> Result:
     after = snapshot(scratch)
     lines = [line for line in said.splitlines() if line.strip()]
     message = next((line for line in lines if line.startswith("error: ")), lines[-1] if lines else "")
-    ran = any(os.path.basename(path).startswith("hacked") for path in after.keys() - before.keys())
-    result = Result(code, differences(before, after, (*attack.may_change, *CACHES)), ran, message)
+    ran = [path for path in after.keys() - before.keys() if os.path.basename(path).startswith("hacked")]
+    for path in ran:
+        (scratch / path).unlink()  # so that the next attack can be seen to run
+    changed = differences(before, after, (*attack.may_change, *CACHES))
+    result = Result(code, changed, bool(ran), _steers(attack, said, scratch), message)
     print(f"{attack.entry} {attack.name}: {result.code} {result.changed[:3] or ''}", file=sys.stderr, flush=True)
     return result
+
+
+def _steers(attack: Attack, said: str, scratch: Path) -> list[str]:
+    from destroy_code import steers
+
+    resumes = attack.entry == 7 and attack.args[0] == "fit"
+    return steers(said, scratch / attack.may_change[0] if resumes else scratch / "nothing")
 
 
 # ------------------------------------------------------------------------------------------------------ what is there
@@ -207,7 +217,7 @@ def attacks(scratch: Path, groups: Sequence[Group] = ()) -> Iterator[Attack]:
     world = World(scratch)
     for group in groups or GROUPS:
         yield from group(world)
-    if not groups and importlib.util.find_spec("destroy_code") is not None:
+    if not groups:
         from destroy_code import attacks as attacks_on_code
 
         (scratch / "code").mkdir()
@@ -556,19 +566,24 @@ def _main() -> None:
             str(result.code)[:40],
             "\n".join(result.changed[:3]) + ("\n..." if len(result.changed) > 3 else "") or "no",
             "RAN" if result.ran else "no",
+            " ".join(result.steers) or "no",
             result.said.replace(name, "")[:120],
         )
         for attack, result in results
     ]
-    heads = ["entry", "attack", "exit code", "changed", "code ran", "message"]
-    print(tabulate(rows, heads, maxcolwidths=[None, 44, 24, 40, None, 60], disable_numparse=True))
+    heads = ["entry", "attack", "exit code", "changed", "code ran", "steers", "message"]
+    print(tabulate(rows, heads, maxcolwidths=[None, 44, 24, 40, None, 20, 60], disable_numparse=True))
     hung = sum(result.code == "HANGS" for _, result in results)
     tracebacks = sum(str(result.code).startswith("TRACEBACK") for _, result in results)
     for leak in leaks:
         print(f"LEAK {leak}")
     changed, ran = sum(bool(result.changed) for _, result in results), sum(result.ran for _, result in results)
-    print(f"{len(results)} attacks: {changed} changed, {ran} run; {hung} hung, {tracebacks} tracebacks, {len(leaks)} leaks")
-    raise SystemExit(bool(changed or ran or hung or leaks))
+    steered = sum(bool(result.steers) for _, result in results)
+    print(
+        f"{len(results)} attacks: {changed} changed, {ran} run; {hung} hung, {tracebacks} tracebacks, {len(leaks)} leaks, "
+        f"{steered} steered"
+    )
+    raise SystemExit(bool(changed or ran or hung or leaks or steered))
 
 
 if __name__ == "__main__":

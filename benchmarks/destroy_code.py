@@ -1,37 +1,19 @@
-"""Attacks that want code to be run which nobody named, or a terminal or a spreadsheet to be steered; and what came of each.
-
-python benchmarks/destroy_code.py [--quick]
-"""
+"""Attacks that want code to be run which nobody named, or a terminal or a spreadsheet to be steered; see `destroy.py`."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import joblib
 import torch
 import yaml
+from destroy import Attack
 from hostile import HACKED, Touch, checkpoint, outcome, picture
-from tabulate import tabulate
-
-
-class Attack(NamedTuple):
-    """What is tried: the command's arguments in a folder, after all files were made."""
-
-    name: str
-    entry: int
-    args: list[str]
-    cwd: str = "."
-    may_change: tuple[str, ...] = ()
-    process: bool = False
-
 
 NETWORK = ["--model.backbone", "test_resnet", "--model.weights", "none"]
 TINY = ["--data.image_size", "32", "--data.workers", "0", "--trainer.max_epochs", "1", "--run.gradients_every", "0"]
@@ -274,53 +256,3 @@ def steers(said: str, run: Path) -> list[str]:
     return [repr(letter) for letter in found] + [
         name for name in bad if name.lstrip('"')[:1] in tuple("=+-@") or "\x1b" in name
     ]
-
-
-def _steered(attack: Attack, said: str, folder: Path) -> list[str]:
-    resumes = attack.args[0] == "fit"
-    return steers(said, folder / attack.may_change[0] if resumes else folder / "nothing") if attack.entry == 7 else []
-
-
-def carry_out(attack: Attack, folder: Path) -> tuple[object, str]:
-    """Run the command as an attack says; return its exit code and what it printed."""
-    if not attack.process:
-        return _in(folder / attack.cwd, attack.args)
-    command = [sys.executable, "-m", "finetune", *attack.args]
-    done = subprocess.run(command, cwd=folder / attack.cwd, capture_output=True, text=True, check=False)
-    return done.returncode, done.stdout + done.stderr
-
-
-Result = tuple[Attack, object, bool, list[str], str]
-
-
-def try_all(folder: Path, chosen: Callable[[Attack], bool] = lambda attack: True) -> Iterator[Result]:
-    """Carry out attacks; yield each with its exit code, whether code ran, what steers, and what was printed."""
-    for attack in attacks(folder):
-        if not chosen(attack):
-            continue
-        code, said = carry_out(attack, folder)
-        ran = (folder / HACKED).exists()
-        (folder / HACKED).unlink(missing_ok=True)
-        yield attack, code, ran, _steered(attack, said, folder), said
-
-
-def _main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="leave out what needs a process of its own")
-    options = parser.parse_args()
-    rows = []
-    with tempfile.TemporaryDirectory(prefix="destroy-") as name:
-        folder = Path(name).resolve()
-        os.environ["RESNET_FINETUNE_CACHE"] = str(folder / "cache")
-        for attack, code, ran, steered, said in try_all(folder, lambda attack: not (options.quick and attack.process)):
-            message = next((line for line in said.splitlines() if line.startswith("error: ")), said[-100:])
-            rows.append(
-                (attack.entry, attack.name, code, "RAN" if ran else "no", " ".join(steered) or "no", ascii(message)[:110])
-            )
-            print(*map(ascii, rows[-1][:4]), file=sys.stderr, flush=True)
-    print(tabulate(rows, ["entry", "attack", "exit code", "code ran", "steers", "message"]))
-    print(f"{len(rows)} attacks: {sum(row[3] == 'RAN' for row in rows)} ran code, {sum(row[4] != 'no' for row in rows)} steer")
-
-
-if __name__ == "__main__":
-    _main()
