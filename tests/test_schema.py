@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from msgspec import Meta
 
 from finetune.errors import CheckpointError, ConfigError, FinetuneError
+from finetune.escaping import shown
 from finetune.schema import MAX_BYTES, MAX_DEPTH, convert, decode_json, decode_yaml, read_json, read_text, read_yaml
 
 
@@ -156,7 +157,7 @@ def test_any_plain_value_is_converted_without_loss_or_refused(value, kind):
         message = str(error)
     else:
         message = ""
-    assert message.isprintable()
+    assert message == shown(message)
     if message:
         return
     if kind not in (Record, Stage, list[Stage]):
@@ -175,4 +176,4 @@ def test_any_text_is_read_or_refused(text):
             decode(text, dict[str, Any], "options")
         except FinetuneError as error:
             message = str(error)
-        assert message.isprintable()
+        assert message == shown(message)
