@@ -14,7 +14,7 @@ import sqlite3
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import PIL
 import torch
@@ -23,14 +23,18 @@ from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from finetune.errors import DataError
+from finetune.errors import DataError, FinetuneError
 from finetune.examine import Examined, examine
 from finetune.hardware import worker_count
 from finetune.sample import cache_folder
+from finetune.schema import convert, decode_json
 
 _VERSION = 1  # of what a look says; a change makes what is kept void
 _FEW = 256  # below this number of files, starting processes takes longer than looking
 _BATCH = 32
+
+_Look: TypeAlias = tuple[int, int, int, str, bytes | None]
+_Said: TypeAlias = tuple[str, str, tuple[tuple[str, str], ...]]
 
 _TABLE = "CREATE TABLE IF NOT EXISTS looks (file BLOB PRIMARY KEY, size INT, time INT, full INT, said TEXT, digest BLOB)"
 
@@ -135,11 +139,15 @@ class _Memory:
 
     def recall(self, root: Path, file: str, full: bool) -> Examined | None:
         """Return what is known of a file that is as it was, after a look that was as full."""
-        found = self.base.execute("SELECT * FROM looks WHERE file = ?", (os.fsencode(file),)).fetchone()
-        if found is None or found[3] < full or _state(root / file) != found[1:3]:
+        try:
+            found = self.base.execute("SELECT * FROM looks WHERE file = ?", (os.fsencode(file),)).fetchone()
+            if found is None:
+                return None
+            look = convert(found[1:], _Look, "a look", where=str(self.path))
+            said = decode_json(look[3], _Said, "a look", where=str(self.path))
+        except (sqlite3.Error, FinetuneError):  # a damaged memory is none: the file is looked at again
             return None
-        error, detail, notes = json.loads(found[4])
-        return Examined(error, detail, tuple((kind, text) for kind, text in notes), found[5])
+        return Examined(*said, look[4]) if look[2] >= full and _state(root / file) == look[:2] else None
 
     def keep(self, root: Path, file: str, full: bool, said: Examined) -> None:
         """Remember what a look came to."""

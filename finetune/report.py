@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from finetune import scores
+from finetune.escaping import shown
 from finetune.figures import of_run
 from finetune.outcomes import Outcome
 from finetune.page import drawn, render, seconds, value_text, write_page
@@ -58,7 +60,16 @@ def write_report(run: str | os.PathLike[str] | RunFiles, out: str | os.PathLike[
         ConfigError: If it cannot be written.
     """
     files = run if isinstance(run, RunFiles) else RunFiles(run)
-    return write_page(Path(out or files.folder / REPORT), render("report.html", **content(files)))
+    path = write_page(Path(out or files.folder / REPORT), render("report.html", **content(files)))
+    warn_of_unreadable([files])
+    return path
+
+
+def warn_of_unreadable(runs: Iterable[RunFiles]) -> None:
+    """Name the files of runs that a page is without, as they hold something else than they should."""
+    for files in runs:
+        for message in files.unreadable.values():
+            print(shown(f"warning: {message} The page is without it."), file=sys.stderr)
 
 
 def content(files: RunFiles) -> dict[str, Any]:
@@ -92,6 +103,7 @@ def content(files: RunFiles) -> dict[str, Any]:
         "commands": list(_commands(files)),
         "config": _config_text(files),
         "versions": list(_versions(files)),
+        "unreadable": list(files.unreadable.values()),  # the last, as each file is read when something needs it
     }
 
 

@@ -123,7 +123,7 @@ def read_text(
             _refuse(f"it is larger than {max_bytes / 2**20:.3g} MB", what, name, advice, error)
         return content.decode("utf-8-sig", errors)
     except UnicodeDecodeError as found:
-        raise error(_message(f"byte {found.start} is no UTF-8", what, name, advice)) from found
+        raise error(f"{shown(name)} is no text in UTF-8: {found.reason} at byte {found.start}.{_sentence(advice)}") from found
     except (OSError, ValueError) as found:  # ValueError: a NUL in the name
         reason = getattr(found, "strerror", None) or found
         raise error(f"{shown(name)} ({what}) cannot be read: {reason}.{_sentence(advice)}") from found
@@ -186,10 +186,9 @@ def decode_yaml(
         raise error(_message(str(found), what, where, advice)) from None
     except yaml.MarkedYAMLError as found:
         mark = found.problem_mark or found.context_mark
-        line = f"line {mark.line + 1}: " if mark else ""
-        raise error(
-            _message(f"it is no YAML ({line}{_shortened(str(found.problem or found.context))})", what, where, advice)
-        ) from found
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        reason = _shortened(str(found.problem or found.context), 200)
+        raise error(f"{shown(where) or 'This'}{place} is no YAML: {reason}.{_sentence(advice)}") from found
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as found:  # such as a date without such a day
         raise error(_message(f"it is no YAML ({_shortened(str(found))})", what, where, advice)) from found
     return convert({} if value is None else value, kind, what, where=where, advice=advice, error=error, finite=False)
@@ -221,6 +220,8 @@ def convert(
         return msgspec.convert(value, kind)
     except _InvalidError as found:
         raise error(_message(str(found), what, where, advice)) from None
+    except FinetuneError as found:  # of a check in __post_init__
+        raise error(_message(str(found).removesuffix("."), what, where, advice)) from found
     except msgspec.ValidationError as found:
         raise error(_message(_explained(str(found), value), what, where, advice)) from found
     except (ValueError, RecursionError) as found:  # such as a key of bytes that are no text

@@ -24,14 +24,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from filelock import FileLock, Timeout
 from tabulate import tabulate
 
-from finetune.errors import DataError
+from finetune.errors import DataError, FinetuneError
 from finetune.sample import cache_folder
+from finetune.schema import read_json
 from finetune.whole import write_whole
 
 Rows = np.ndarray[Any, np.dtype[Any]]
@@ -42,6 +43,12 @@ BLOCK = 64  # rows
 _ABOUT, _ROWS, _DONE, _LOCK = "about.json", "rows", "done", "lock"
 _VERSION = 1  # of the way from a file to a row; a change makes all that is kept void
 _FREE = 2**28  # bytes of the disk that are left alone
+
+
+class _About(TypedDict, total=False):
+    what: str
+    pictures: int | str
+    shape: list[int]
 
 
 @dataclass(frozen=True)
@@ -261,8 +268,8 @@ def list_kept(root: Path | None = None, unused: float = 0.0) -> list[Kept]:
     found = []
     for folder in root.iterdir() if root.is_dir() else []:
         about: dict[str, Any] = {}
-        with contextlib.suppress(OSError, ValueError):
-            about = json.loads((folder / _ABOUT).read_text())
+        with contextlib.suppress(FinetuneError):
+            about = {**read_json(folder / _ABOUT, _About, "what a store holds")}
         files = [path.stat() for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
         if files and (unused <= 0 or time.time() - max(file.st_mtime for file in files) >= unused * 86400):
             size = sum(getattr(file, "st_blocks", 0) * 512 or file.st_size for file in files)

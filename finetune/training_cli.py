@@ -145,7 +145,7 @@ class FinetuneCLI(LightningCLI):
     def _look_into(self, checkpoint: Path, config: Any) -> None:
         """Read a checkpoint before anything is built or written, and say what will be continued."""
         inside = checkpoints.read(checkpoint)
-        needed = {"global_step"} | ({"optimizer_states", "loops"} if self.subcommand == "fit" else set())
+        needed = {"epoch", "global_step"} | ({"optimizer_states", "loops"} if self.subcommand == "fit" else set())
         if lacking := sorted(needed - inside.keys()):
             raise CheckpointError(
                 f"{checkpoint} holds weights, but no state of a training ({', '.join(lacking)}). Start from its weights: "

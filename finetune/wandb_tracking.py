@@ -14,7 +14,7 @@ import socket
 import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -22,10 +22,12 @@ import numpy.typing as npt
 from lightning.fabric.loggers.logger import _DummyExperiment, rank_zero_experiment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import WandbLogger
+from msgspec import Meta
 
 from finetune.defaults import RunOptions
 from finetune.mistakes import Mistake, mistakes_of
 from finetune.runs import CHECKPOINTS, CONFIG
+from finetune.schema import read_json
 from finetune.thumbnails import thumbnail
 from finetune.whole import write_whole
 
@@ -34,6 +36,15 @@ PROJECT = "resnet-finetune"
 STEP = "trainer/global_step"  # as Lightning's own logger calls it
 _PROBE, _INIT, _FINISH = 5.0, 30.0, 120.0  # seconds that are waited for an answer, for a new run, and for the last upload
 _FACTS = ("command", "resumed", "version", "versions", "git", "hardware", "data", "weights", "stages", "phases")
+
+
+class _Identity(TypedDict, total=False):
+    """Which run of W&B a run is; its id becomes part of an address."""
+
+    id: Annotated[str, Meta(pattern=r"\A[\w-]{1,128}\Z")]
+    project: str | None
+    entity: str | None
+    url: str | None
 
 
 class WandbTracker(WandbLogger):
@@ -216,7 +227,8 @@ def _project(options: RunOptions) -> str | None:
 
 def _read_identity(run: Path) -> dict[str, Any]:
     path = run / IDENTITY
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    advice = "Remove it: the run then goes on as a new run of W&B."
+    return {**read_json(path, _Identity, "which run of W&B this is", advice=advice)} if path.is_file() else {}
 
 
 def _answers(settings: Any) -> bool:
