@@ -13,10 +13,10 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from finetune.figure_style import label
+from finetune.files import write_atomically
 from finetune.reuse import ReuseLoader
 from finetune.run_files import AUGMENTED
 from finetune.thumbnails import jpeg, sheet
-from finetune.whole import write_whole
 
 _MOST = 16
 
@@ -47,7 +47,7 @@ class AugmentedPictures(Callback):
         try:
             images, labels = first_pictures(batch, trainer.train_dataloader, trainer.current_epoch, self.most)
             if len(images):
-                write_whole(self.file, jpeg(sheet([_pixels(image) for image in images], _captions(pl_module, labels))))
+                write_atomically(self.file, jpeg(sheet([_pixels(image) for image in images], _captions(pl_module, labels))))
         except Exception as error:
             pl_module.print(f"warning: {self.file.name} could not be written: {error}")
 

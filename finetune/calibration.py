@@ -10,9 +10,9 @@ from typing import Annotated
 import numpy as np
 from msgspec import Meta
 
+from finetune.files import write_atomically
 from finetune.outcomes import Floats, Outcome
 from finetune.schema import read_json
-from finetune.whole import write_whole
 
 Temperature = Annotated[float, Meta(gt=0, le=1e6)]
 """What logits may be divided by, as a file says."""
@@ -78,7 +78,7 @@ def store_temperature(checkpoint: Path, temperature: float, step: int, details: 
         details: What else is worth knowing.
     """
     path = calibration_file(checkpoint)
-    write_whole(path, json.dumps({"temperature": temperature, "step": step, **details}, indent=2) + "\n")
+    write_atomically(path, json.dumps({"temperature": temperature, "step": step, **details}, indent=2) + "\n")
     return path
 
 

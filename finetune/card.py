@@ -15,10 +15,10 @@ from torch import Tensor
 
 from finetune.errors import ConfigError, FinetuneError, WeightsError
 from finetune.escaping import shown
+from finetune.files import atomic_write, write_atomically
 from finetune.schema import decode_json
 from finetune.transforms import InputSpec
 from finetune.weight_files import sha256_of
-from finetune.whole import beside, write_whole
 
 KEY = "resnet-finetune"
 """Under this name the card stands in the file's own metadata, as JSON."""
@@ -37,10 +37,10 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], card: Mapping[str, 
         The card, with the file's size and sha256.
     """
     stored = {name: (t.to(dtype) if t.is_floating_point() else t).contiguous() for name, t in tensors.items()}
-    with beside(path) as partial:
+    with atomic_write(path) as partial:
         safetensors.torch.save_file(stored, partial, {KEY: json.dumps(card)})
     complete = {**card, "file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    write_whole(path.with_suffix(".json"), json.dumps(complete, indent=2) + "\n")
+    write_atomically(path.with_suffix(".json"), json.dumps(complete, indent=2) + "\n")
     return complete
 
 

@@ -11,11 +11,11 @@ from typing import NamedTuple
 from finetune.errors import ConfigError, DataError
 from finetune.escaping import shown
 from finetune.examined import examine_all
+from finetune.files import require_free, write_atomically
 from finetune.findings import SEVERITIES, Finding, Findings, sorted_findings
 from finetune.folders import scan
 from finetune.survey import Member, Survey, survey
 from finetune.walk import existing
-from finetune.whole import require_free, write_whole
 
 _EXPLAINED = {"unreadable-folder", "empty-class", "unknown-class", "layout"}  # errors of the layout that are named one by one
 
@@ -132,6 +132,6 @@ def _write(checked: Checked, target: Path) -> None:
     facts = {"folder": str(checked.root.absolute()), "pictures": checked.pictures}
     content = checked.findings.as_csv() if target.suffix == ".csv" else checked.findings.as_json(facts)
     try:
-        write_whole(target, content)
+        write_atomically(target, content)
     except OSError as error:
         raise ConfigError(f"{target} cannot be written: {error.strerror or error}. Give another --out.") from error

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from finetune.files import write_atomically
 from finetune.outcomes import Outcome, read_outcome
 from finetune.predictor import Predictor
 from finetune.run_files import DOMAINS, PREDICTIONS
-from finetune.whole import write_whole
 
 _FEWEST = 2  # pictures of a domain: one to learn from, one to measure on
 _MOST = 300  # pictures of each domain: t-SNE takes seconds for them
@@ -47,7 +47,7 @@ def measure_domains(run: str | os.PathLike[str]) -> dict[str, Any] | None:
     named = [(name, label) for name, (_, labels) in found.items() for label in labels]
     points = [[round(float(x), 3), round(float(y), 3), *name] for (x, y), name in zip(places, named, strict=True)]
     content = {"a_distance": round(a_distance(features["source"], features["target"]), 4), "points": points}
-    write_whole(folder / DOMAINS, json.dumps(content))
+    write_atomically(folder / DOMAINS, json.dumps(content))
     return content
 
 

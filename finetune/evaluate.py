@@ -18,6 +18,7 @@ from finetune import checkpoints
 from finetune.calibration import fit_temperature, scaled, store_temperature
 from finetune.errors import ConfigError, DataError
 from finetune.escaping import cells, shown
+from finetune.files import MARK, Unmarked, new_folder, require_free_folder
 from finetune.folders import SPLITS, Split
 from finetune.labelled import Labelled, own_pictures, pictures_in
 from finetune.outcomes import Outcome, write_outcome
@@ -26,10 +27,11 @@ from finetune.report import write_report
 from finetune.run_files import RunFiles
 from finetune.runs import run_of
 from finetune.scores import Interval, confused_pairs, confusion, ece, metrics, per_class, selective
-from finetune.whole import new_folder, require_free
 
 THRESHOLDS = (0.5, 0.8, 0.9, 0.95, 0.99)
 _MOST_ROWS = 30  # of a table on the console
+_TABLES = frozenset({"confusion.csv", "metrics.json", "per_class.csv", "predictions.csv", "report.html"})
+_OLDER = [Unmarked(_TABLES, "metrics.json", '"selective": [')]
 
 
 def evaluate(
@@ -77,7 +79,7 @@ def evaluate(
     trained = predictor.trained
     pictures = _pictures(predictor, folder, wanted)
     target = Path(out) if out else _place(trained.path, pictures)
-    require_free(target, overwrite)
+    require_free_folder(target, overwrite, _OLDER)
     if calibrate:
         raw = Predictor(model, temperature=1.0, **reading)
         _calibrate(raw, workers)
@@ -93,13 +95,13 @@ def evaluate(
         "metrics": {name: interval._asdict() for name, interval in found.items()},
         "selective": [dict(zip(_SELECTIVE, row, strict=True)) for row in _selective(outcome, threshold)],
     }
-    with new_folder(target) as partial:
+    with new_folder(target, overwrite, _OLDER) as partial:
         _write_tables(partial, outcome, report)
         files = RunFiles(run_of(trained.path) or target)
         files.outcomes = {pictures.name: outcome}
         write_report(files, partial / "report.html")
     print(shown(_text(outcome, found, threshold, pictures.name, predictor.trained.temperature), keep="\n"))
-    print(f"files  {target}/  ({', '.join(sorted(path.name for path in target.iterdir()))})")
+    print(f"files  {target}/  ({', '.join(sorted(path.name for path in target.iterdir() if path.name != MARK))})")
     return target
 
 

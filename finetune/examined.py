@@ -14,7 +14,7 @@ import sqlite3
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import PIL
 import torch
@@ -33,8 +33,16 @@ _VERSION = 1  # of what a look says; a change makes what is kept void
 _FEW = 256  # below this number of files, starting processes takes longer than looking
 _BATCH = 32
 
-_Look: TypeAlias = tuple[int, int, int, str, bytes | None]
-_Said: TypeAlias = tuple[str, str, tuple[tuple[str, str], ...]]
+
+class _Look(NamedTuple):
+    """A row of the table, without the file."""
+
+    size: int
+    time: int
+    full: int
+    said: str
+    digest: bytes
+
 
 _TABLE = "CREATE TABLE IF NOT EXISTS looks (file BLOB PRIMARY KEY, size INT, time INT, full INT, said TEXT, digest BLOB)"
 
@@ -143,11 +151,12 @@ class _Memory:
             found = self.base.execute("SELECT * FROM looks WHERE file = ?", (os.fsencode(file),)).fetchone()
             if found is None:
                 return None
-            look = convert(found[1:], _Look, "a look", where=str(self.path))
-            said = decode_json(look[3], _Said, "a look", where=str(self.path))
+            look = convert(found[1:], _Look, "what is known of an image", where=str(self.path))
+            said = decode_json(look.said, list[Any], "what is known of an image", where=str(self.path))
+            known = convert([*said, look.digest], Examined, "what is known of an image", where=str(self.path))
         except (sqlite3.Error, FinetuneError):  # a damaged memory is none: the file is looked at again
             return None
-        return Examined(*said, look[4]) if look[2] >= full and _state(root / file) == look[:2] else None
+        return known if look.full >= full and _state(root / file) == (look.size, look.time) else None
 
     def keep(self, root: Path, file: str, full: bool, said: Examined) -> None:
         """Remember what a look came to."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from finetune import checkpoints
 from finetune.backbones import create_model
 from finetune.errors import ConfigError, did_you_mean
+from finetune.files import MARK, Unmarked, new_folder, require_free_folder
 from finetune.labelled import data_of
 from finetune.model_card import write_model_card
 from finetune.module import FinetuneModule
@@ -26,7 +27,6 @@ from finetune.schema import decode_json
 from finetune.staged import StagedModule
 from finetune.trained import INSTALL_EXPORT, ONNX_KEY, TIMM_KEY, Facts, Trained, facts, open_trained
 from finetune.walk import Pictures
-from finetune.whole import new_folder, require_free
 
 Format = Literal["onnx", "torch_export", "timm"]
 
@@ -35,6 +35,10 @@ TOLERANCE = 1e-4
 
 _OPSET = 18
 _MOST = 128  # pictures to compare on
+_OLDER = [
+    Unmarked(frozenset({"README.md", *files}), "README.md", "\n\nWritten by resnet-finetune ")
+    for files in (["model.onnx"], ["model.pt2"], ["config.json", "model.safetensors"])
+]
 
 
 class Comparison(NamedTuple):
@@ -113,14 +117,14 @@ def export(
     trained = open_trained(model, "cpu", temperature)
     module = trained.require_module()
     folder = Path(out) if out else (run_of(trained.path) or trained.path.parent) / "export" / format
-    require_free(folder, overwrite)
+    require_free_folder(folder, overwrite, _OLDER)
     files, where = _pictures_of(trained, pictures)
-    with new_folder(folder) as partial:
+    with new_folder(folder, overwrite, _OLDER) as partial:
         write: Callable[[Trained, FinetuneModule, Path], Path] = _WRITERS[format]
         comparison = _compare(trained, write(trained, module, partial), files)
         _require_equal(comparison, folder)
         write_model_card(partial / "README.md", trained, format, f"{comparison} ({where})")
-    print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}\n{comparison} ({where})")
+    print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir() if path.name != MARK))}\n{comparison} ({where})")
     return folder
 
 

@@ -27,10 +27,10 @@ from tabulate import tabulate
 
 from finetune.errors import DataError, did_you_mean
 from finetune.escaping import cells, shown
+from finetune.files import write_atomically
 from finetune.images import IMAGE_SUFFIXES
 from finetune.randomness import seed_of
 from finetune.walk import existing, identity, order, subfolders, walk
-from finetune.whole import write_whole
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -171,7 +171,7 @@ def write_split(folder: PictureFolder, path: Path) -> None:
     if path.is_file() and path.read_bytes() == content:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, content)
+    write_atomically(path, content)
 
 
 # ------------------------------------------------------------------------------------------------------------ the layout

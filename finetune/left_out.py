@@ -15,10 +15,10 @@ from pathlib import Path
 from finetune.errors import DataError
 from finetune.escaping import cell, shown
 from finetune.examined import examine_all
+from finetune.files import write_atomically
 from finetune.findings import Finding, Findings, told_briefly
 from finetune.folders import SPLITS, Choose, PictureFolder, Split, Tree
 from finetune.survey import survey
-from finetune.whole import write_whole
 
 _NAMED = 5
 
@@ -126,7 +126,7 @@ def write_left_out(folder: PictureFolder, path: Path) -> None:
     writer.writerow(["file", "kind"])
     writer.writerows([cell(file), kind] for file, kind in folder.left_out.items())
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, text.getvalue().encode("utf-8", "surrogateescape"))
+    write_atomically(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def named(bad: Mapping[str, str]) -> str:

@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from finetune.errors import DataError
 from finetune.escaping import cell, cells, from_cell, shown
+from finetune.files import atomic_write
 from finetune.schema import read_text
-from finetune.whole import beside
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Ints: TypeAlias = npt.NDArray[np.int64]
@@ -63,7 +63,7 @@ def write_outcome(outcome: Outcome, path: Path) -> None:
     spreadsheet would take for a formula are written behind an apostrophe, see `escaping.cell`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with beside(path) as partial, partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as handle:
+    with atomic_write(path) as partial, partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as handle:
         writer = csv.writer(handle)
         writer.writerow([*_FIRST, *(f"{_CLASS}{name}" for name in outcome.classes)])
         for file, true, best, row in zip(outcome.files, outcome.labels, outcome.predicted, outcome.probabilities, strict=True):

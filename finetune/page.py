@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.errors import ConfigError
 from finetune.figures import svg
+from finetune.files import write_atomically
 from finetune.version import __version__
-from finetune.whole import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,7 +59,7 @@ def write_page(path: Path, html: str) -> Path:
         ConfigError: If it cannot be written.
     """
     try:
-        write_whole(path, html.encode("utf-8", "replace"))
+        write_atomically(path, html.encode("utf-8", "replace"))
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror or error}. Give another place with --out.") from error
     return path

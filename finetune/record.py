@@ -35,6 +35,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from finetune import checkpoints
 from finetune.environment import git_state, library_versions
 from finetune.errors import CheckpointError, FinetuneError
+from finetune.files import write_atomically
 from finetune.folders import SPLITS, PictureFolder
 from finetune.hardware import describe_device
 from finetune.record_file import RECORD as RECORD
@@ -43,7 +44,6 @@ from finetune.runs import CHECKPOINTS
 from finetune.timetable import Timetable, stage_rates
 from finetune.version import __version__
 from finetune.weight_report import Report
-from finetune.whole import write_whole
 
 FORMAT = 1
 
@@ -175,7 +175,7 @@ class RunRecord(Callback):
     def _write(self, state: str) -> None:
         seconds = round(self._before + time.monotonic() - self._began, 1)
         self.content |= {"state": state, "updated": _now(), "seconds": seconds}
-        write_whole(self.run / RECORD, json.dumps(checkpoints.plain(self.content), indent=1))
+        write_atomically(self.run / RECORD, json.dumps(checkpoints.plain(self.content), indent=1))
 
 
 def describe_data(data: Any, module: Any = None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import ConfigError
-from finetune.whole import require_free
+from finetune.files import require_free
 
 
 class GrowingFile:

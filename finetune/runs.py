@@ -22,8 +22,8 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers.csv_logs import CSVLogger, ExperimentWriter
 
 from finetune.errors import CheckpointError, ConfigError, did_you_mean
+from finetune.files import atomic_write, remove_leftovers
 from finetune.room import disk_error, tensor_bytes, unwritable
-from finetune.whole import beside
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
@@ -134,7 +134,7 @@ def drop_repeated(file: Path, until: int | None) -> list[str]:
         rows, columns = list(reader), list(reader.fieldnames or [])
     kept = [row for row in rows if None not in row and (row.get("step") or "").isdigit()]
     kept = [row for row in kept if until is None or int(row["step"]) < until]
-    with beside(file) as partial, partial.open("w", newline="") as handle:
+    with atomic_write(file) as partial, partial.open("w", newline="") as handle:
         writer = csv.DictWriter(handle, fieldnames=columns)
         writer.writeheader()
         writer.writerows(kept)
@@ -270,24 +270,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.part")
+        remove_leftovers(path)
         try:
-            with _signals_wait():
-                with partial.open("wb") as handle:
-                    torch.save(checkpoint, handle)
-                    handle.flush()
-                    os.fsync(handle.fileno())
-                os.replace(partial, path)
+            with _signals_wait(), atomic_write(path) as partial, partial.open("wb") as handle:
+                torch.save(checkpoint, handle)
         except (OSError, RuntimeError) as error:
             if disk_error(error) is None:
                 raise
-            partial.unlink(missing_ok=True)  # so that the message counts what it took
             kept = "The one before it is as it was: " if path.is_file() else ""
             raise CheckpointError(
                 f"{unwritable(path.parent, error, tensor_bytes(checkpoint))} {kept}{_how_to_go_on(path)}"
             ) from error
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def _how_to_go_on(path: Path) -> str:

@@ -12,8 +12,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from finetune import checkpoints
 from finetune.errors import CheckpointError
+from finetune.files import atomic_write
 from finetune.room import tensor_bytes, unwritable
-from finetune.whole import beside
 
 
 class BestEpochs(ModelCheckpoint):
@@ -95,7 +95,7 @@ def soup(paths: Sequence[Path], out: Path) -> Path:
     kept = {"state_dict", "hyper_parameters", "datamodule_hyper_parameters", checkpoints.KEY, "epoch", "global_step"}
     kept |= {"pytorch-lightning_version", "hparams_name", "datamodule_hparams_name"}
     try:
-        with beside(out) as partial, partial.open("wb") as handle:  # its own errors say why, those of torch do not
+        with atomic_write(out) as partial, partial.open("wb") as handle:  # its own errors say why, those of torch do not
             torch.save({key: value for key, value in first.items() if key in kept}, handle)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(unwritable(out.parent, error, tensor_bytes(first["state_dict"]))) from error

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from finetune.whole import beside
+from finetune.files import atomic_write
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def start_weights(parameters: Mapping[str, Tensor], file: Path | None, fresh: bo
     if file is None:
         return copies
     file.parent.mkdir(parents=True, exist_ok=True)
-    with beside(file) as partial:
+    with atomic_write(file) as partial:
         save_file(copies, partial)
     return load_file(file)
 

@@ -31,9 +31,9 @@ from filelock import FileLock, Timeout
 from tabulate import tabulate
 
 from finetune.errors import DataError, FinetuneError
+from finetune.files import write_atomically
 from finetune.sample import cache_folder
 from finetune.schema import read_json
-from finetune.whole import write_whole
 
 Rows = np.ndarray[Any, np.dtype[Any]]
 Load = Callable[[Sequence[range]], Iterator[Any]]
@@ -234,7 +234,7 @@ class Store:
         with FileLock(self.folder / _LOCK):
             if self.complete or self._missing() or not (self.folder / _DONE).is_file():
                 return
-            write_whole(self.folder / _ABOUT, json.dumps({**self.about, "made": time.time()}, indent=1))
+            write_atomically(self.folder / _ABOUT, json.dumps({**self.about, "made": time.time()}, indent=1))
             for path in (self.folder / _DONE, *self.folder.glob(f"{_LOCK}-*")):
                 path.unlink(missing_ok=True)
 

@@ -25,11 +25,11 @@ from lightning.pytorch.loggers import WandbLogger
 from msgspec import Meta
 
 from finetune.defaults import RunOptions
+from finetune.files import write_atomically
 from finetune.mistakes import Mistake, mistakes_of
 from finetune.runs import CHECKPOINTS, CONFIG
 from finetune.schema import read_json
 from finetune.thumbnails import thumbnail
-from finetune.whole import write_whole
 
 IDENTITY = "wandb.json"  # in the run's folder: which W&B run it is, so that a resumed run goes on with it
 PROJECT = "resnet-finetune"
@@ -166,7 +166,7 @@ class WandbTracker(WandbLogger):
         if settings.mode != "disabled":
             url = run.url if run.settings.mode == "online" else None
             self.identity = {"id": run.id, "project": run.project, "entity": run.entity or None, "url": url}
-            write_whole(self.run / IDENTITY, json.dumps(self.identity, indent=1))
+            write_atomically(self.run / IDENTITY, json.dumps(self.identity, indent=1))
             run.define_metric(STEP)
             run.define_metric("*", step_metric=STEP, step_sync=True)
         return run

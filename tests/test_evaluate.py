@@ -45,6 +45,7 @@ def test_all_that_is_written_is_what_scikit_learn_says_of_the_predictions(capsys
     said = capsys.readouterr().out
     target = Path(RUN, "evaluation", "labelled")
     assert sorted(path.name for path in target.iterdir()) == [
+        ".resnet-finetune",
         "confusion.csv",
         "metrics.json",
         "per_class.csv",

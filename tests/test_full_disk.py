@@ -38,7 +38,7 @@ python=$1
 "$python" -c '
 import glob, torch
 (path,) = glob.glob("runs/full/*/checkpoints/last.ckpt")
-print("last epoch", torch.load(path, weights_only=True)["epoch"], glob.glob("runs/full/*/checkpoints/*.part"))'
+print("last epoch", torch.load(path, weights_only=True)["epoch"], glob.glob("runs/full/*/checkpoints/.*.part"))'
 """
 
 

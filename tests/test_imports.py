@@ -19,7 +19,7 @@ ORDER = [
     "trusted_code",
     "findings",
     "randomness",
-    "whole",
+    "files",
     "recipe_files",
     "environment",
     "hardware",
