@@ -46,7 +46,7 @@ _FREE = 2**28  # bytes of the disk that are left alone
 
 
 class _About(TypedDict, total=False):
-    what: str
+    what: int | str
     pictures: int | str
     shape: list[int]
 
