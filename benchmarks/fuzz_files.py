@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 
 import lightning as L
 import numpy as np
+import safetensors.torch
 import torch
 import yaml
 from damage import picture
@@ -42,6 +43,7 @@ from tabulate import tabulate
 from finetune import bundled_weights, checkpoints
 from finetune.arguments import _require_options, option_of
 from finetune.calibration import calibration_file, store_temperature, stored_temperature
+from finetune.card import KEY as CARD_KEY
 from finetune.card import describe, input_on, read_card, write_weights
 from finetune.domain_figures import feature_map
 from finetune.errors import FinetuneError
@@ -144,7 +146,7 @@ def _change(holder: Any, key: Any, rng: random.Random) -> None:
     elif kind == 6 and isinstance(old, dict):
         holder[key] = list(old.items()) if rng.random() < 0.5 else {**old, "later": 1}
     elif kind == 7:
-        holder[key] = nested(rng.choice([5, 60, 70, 300]))
+        holder[key] = nested(rng.choice([5, 60, 70, 150]))
     else:
         holder[key] = copy.deepcopy(rng.choice(ODD))
 
@@ -482,7 +484,8 @@ def _write_card(rng: random.Random, folder: Path) -> None:
     card = {"teacher": {"name": "resnet50", "sha256": "ab"}, "input": INPUT, "licence": "Apache-2.0"}
     path = folder / "w.safetensors"
     if rng.random() < 0.8:
-        write_weights(path, {"conv1.weight": torch.zeros(2)}, mutate(card, rng), torch.float32)
+        text = _json(card, rng).decode("utf-8", "replace")
+        safetensors.torch.save_file({"conv1.weight": torch.zeros(2)}, path, {CARD_KEY: text})
     else:
         write_weights(path, {"conv1.weight": torch.zeros(2)}, card, torch.float32)
         path.write_bytes(damaged(path.read_bytes(), rng))

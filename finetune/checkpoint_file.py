@@ -6,13 +6,13 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, TypedDict
 
-import torch
 from msgspec import Meta
 from torch import Tensor
 
 from finetune.errors import CheckpointError
 from finetune.schema import convert
 from finetune.transforms import InputSpec
+from finetune.weight_files import fault_of
 
 _NAMED = 3  # tensors that a message names
 
@@ -119,22 +119,6 @@ def require_entries(entries: Mapping[str, Any], names: Iterable[str], path: str 
         raise CheckpointError(
             f"{os.fspath(path)} lacks {', '.join(missing)}. It is damaged: take another checkpoint of the run."
         )
-
-
-def fault_of(tensor: Tensor) -> str:
-    """Say why a tensor cannot be a weight; empty if it can.
-
-    >>> fault_of(torch.empty(2, device="meta"))
-    'it is on the device meta, which has shapes and no values (save the model after its weights are loaded)'
-    """
-    if tensor.is_meta:
-        return "it is on the device meta, which has shapes and no values (save the model after its weights are loaded)"
-    if tensor.layout != torch.strided or tensor.is_quantized:
-        kind = "quantized" if tensor.is_quantized else str(tensor.layout).removeprefix("torch.")
-        return f"it is {kind}, expected a dense tensor"
-    if tensor.is_complex():
-        return "it holds complex numbers"
-    return ""
 
 
 def require_fitting(state: Mapping[str, Any], own: Mapping[str, Any], strict: bool = True) -> None:

@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from finetune.errors import FinetuneError, did_you_mean, own_error
 from finetune.escaping import shown
+from finetune.library_errors import explained
 from finetune.trusted_code import guarding, take_trust
 from finetune.verbs import VERBS
 from finetune.version import __version__
@@ -59,7 +60,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader has enough, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
-        own = own_error(error)
+        own = own_error(error) or explained(error)
         if own is None:
             raise
         _leave(_own_words(own))

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torchmetrics import MetricCollection
 
 from finetune import checkpoints
+from finetune.accepted_input import require_size
 from finetune.backbones import build_bottleneck, checkpoint_gradients, create_model, initialise, input_spec_of
 from finetune.errors import DataError
 from finetune.freezing import Phase, phase_at, plan
@@ -300,6 +301,7 @@ class FinetuneModule(StagedModule):
         said = getattr(data, "input_spec", None)
         if said is not None:  # normalisation is of the weights, whoever says the size
             self.input_spec = replace(said, mean=self.input_spec.mean, std=self.input_spec.std)
+            require_size(self.backbone, self.input_spec.size)
         if stage == "fit":
             if self.hparams["compile"]:
                 self.backbone.compile(backend=self.hparams["compile"])

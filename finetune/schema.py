@@ -116,11 +116,12 @@ def read_text(
         # a named pipe would wait for a writer for ever
         descriptor = os.open(name, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         with open(descriptor, "rb") as handle:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
                 _refuse("it is no regular file", what, name, advice, error)
-            content = handle.read(max_bytes + 1)
-        if len(content) > max_bytes:
-            _refuse(f"it is larger than {max_bytes / 2**20:.3g} MB", what, name, advice, error)
+            if status.st_size > max_bytes:
+                _refuse(f"it is larger than {max_bytes / 2**20:.3g} MB", what, name, advice, error)
+            content = handle.read(status.st_size)
         return content.decode("utf-8-sig", errors)
     except UnicodeDecodeError as found:
         raise error(f"{shown(name)} is no text in UTF-8: {found.reason} at byte {found.start}.{_sentence(advice)}") from found

@@ -60,6 +60,8 @@ class _TimmConfig:
     resnet_finetune: _TimmFacts | None = None
 
 
+_MOST_TRIED = 1024  # pixels of a side
+
 INSTALL_EXPORT = 'pip install "resnet-finetune[export]"'
 
 
@@ -178,7 +180,10 @@ def _load(path: Path, content: Mapping[str, Any]) -> FinetuneModule:
         raise CheckpointError(f"{path} names the class {class_path}, which is no FinetuneModule.")
     _check_options(kind, content.get("hyper_parameters"), path)
     try:
-        return kind.load_from_checkpoint(path).eval()
+        module = kind.load_from_checkpoint(path).eval()
+        if kind is FinetuneModule:
+            _run_once(module.backbone, module.input_spec.size, torch.device("cpu"))
+        return module
     except FinetuneError as error:
         raise type(error)(f"{path}: {error}") from error
     except (TypeError, ValueError, RuntimeError, KeyError, AttributeError) as error:
@@ -245,7 +250,11 @@ def _open_onnx(path: Path, device: torch.device, temperature: float | None) -> T
         session = onnxruntime.InferenceSession(str(path), providers=kinds)
     except Exception as error:  # onnxruntime raises classes of its own without a common base
         raise CheckpointError(f"{path} cannot be read as an ONNX model: {error}") from error
-    own = _own_facts(session.get_modelmeta().custom_metadata_map.get(ONNX_KEY), path)
+    try:
+        metadata = session.get_modelmeta().custom_metadata_map
+    except ValueError as error:  # bytes that are no text
+        raise CheckpointError(f"{path} has metadata that are no text: it is damaged. Export it again.") from error
+    own = _own_facts(metadata.get(ONNX_KEY), path)
     _refuse_other_temperature(own.temperature, temperature, path)
     outputs = {output.name: output.shape for output in session.get_outputs()}
     if [one.name for one in session.get_inputs()] != ["images"] or "probabilities" not in outputs:
@@ -270,6 +279,7 @@ def _open_timm(path: Path, device: torch.device, temperature: float | None) -> T
     try:
         model: Any = timm.create_model(f"local-dir:{path}", pretrained=True).to(device).eval()
         spec = own.input or InputSpec.from_plain(asdict(input_spec_of(model)))
+        _run_once(model, spec.size, device)
     except Exception as error:  # what a wrong argument or damaged weights raise differs by architecture
         reason = shown(str(error).partition("\n")[0])[:200]
         raise CheckpointError(f"{path} cannot be read as a timm model: {reason}. {advice}") from error
@@ -287,6 +297,13 @@ def _open_timm(path: Path, device: torch.device, temperature: float | None) -> T
 
     network: nn.Module = model.to(memory_format=torch.channels_last)
     return Trained(path, tuple(names), spec, heat, lambda images: (network(normalise(images)) / heat).softmax(1), features)
+
+
+def _run_once(network: nn.Module, size: int, device: torch.device) -> None:
+    """Let a network answer one image: some arguments of a wrong kind are found only then."""
+    if size <= _MOST_TRIED:
+        with torch.inference_mode():
+            network(torch.zeros(1, 3, size, size, device=device))
 
 
 def _require_as_many(names: Sequence[str], outputs: Any, path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from finetune.averaging import kind_of_average, refuse_other_average
 from finetune.closing import close_run, metric_table, say
 from finetune.defaults import RunOptions
 from finetune.errors import CheckpointError, ConfigError, FinetuneError
+from finetune.library_errors import explained
 from finetune.module import FinetuneModule
 from finetune.parser import instantiate
 from finetune.record import read_record
@@ -195,6 +196,8 @@ class FinetuneCLI(LightningCLI):
         """Build the trainer with the run's folder, its loggers and its checkpoints."""
         config = {**self._get(self.config_init, "trainer"), **kwargs}
         options = self._get(self.config_init, "run")
+        if self.subcommand == "fit":
+            _refuse_no_training(config)
         self.run_folder: Path | None = None
         self._compare_classes()
         if self.resumes is not None and self.subcommand == "fit":
@@ -258,7 +261,7 @@ class FinetuneCLI(LightningCLI):
             with only_here(here), closing_if_it_fails(self.trainer.loggers):
                 self.trainer.fit(**kwargs)
         except MisconfigurationException as error:
-            raise ConfigError(str(error)) from error
+            raise explained(error) or ConfigError(str(error)) from error
         except BaseException as error:
             self._stopped(error)
             raise
@@ -295,6 +298,21 @@ class FinetuneCLI(LightningCLI):
     def test(self, **kwargs: Any) -> None:
         """Test and print the metrics."""
         say(metric_table(self.trainer.test(**{**kwargs, "verbose": False})))
+
+
+def _refuse_no_training(options: Mapping[str, Any]) -> None:
+    """Refuse options of the trainer with which a run cannot be one."""
+    if options.get("barebones"):
+        raise ConfigError(
+            "trainer.barebones leaves out the metrics, checkpoints and progress that a run consists of. Leave it out; to see "
+            "that a training runs at all: --trainer.fast_dev_run true."
+        )
+    for name in ("max_epochs", "max_steps"):
+        if options.get(name) == 0:
+            raise ConfigError(
+                f"trainer.{name} is 0, so nothing would be trained. Expected at least 1. To measure a run: resnet-finetune "
+                "validate --ckpt_path RUN"
+            )
 
 
 def _with_checkpoint_io(plugins: Any) -> list[Any]:

@@ -132,7 +132,7 @@ def test_only_regular_files_of_limited_size_are_read(tmp_path):
     with pytest.raises(CheckpointError, match="larger than"):
         read_text(tmp_path / "large", "a table", max_bytes=10)
     (tmp_path / "latin").write_bytes("ä: 1".encode("latin-1"))
-    with pytest.raises(CheckpointError, match="no text in UTF-8: .* at byte 0"):
+    with pytest.raises(CheckpointError, match=r"no text in UTF-8: .* at byte 0"):
         read_yaml(tmp_path / "latin", dict[str, int], "options")
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_text("a\0b", "a table")
