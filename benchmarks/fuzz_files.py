@@ -1,7 +1,7 @@
 """Change every kind of file that is read back in thousands of ways, give each to its reader, and print what came of it.
 
 python benchmarks/fuzz_files.py              at least 2,000 mutations of each kind, each kind in a process of its own
-python benchmarks/fuzz_files.py --quick      60 of each kind, in this process, without the command
+python benchmarks/fuzz_files.py --quick      60 of each kind (or --number), in this process, without the command
 python benchmarks/fuzz_files.py record onnx  only these kinds
 
 A mutation is accepted (the reader returns something), or refused with an error of `finetune.errors`. Anything else counts as a
@@ -727,18 +727,18 @@ def run() -> int:
     """Print the table; return 1 if there was a traceback."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="*", help=f"of {', '.join(KINDS)} (default: all)")
-    parser.add_argument("--number", type=int, default=2000, help="mutations of each kind (default: 2000)")
+    parser.add_argument("--number", type=int, help="mutations of each kind (default: 2000; with --quick 60)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="60 of each kind, without the command")
+    parser.add_argument("--quick", action="store_true", help="few, in this process, without the command")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    kinds = options.kinds or list(KINDS)
+    kinds, number = options.kinds or list(KINDS), options.number or (60 if options.quick else 2000)
     if options.here:
-        print(json.dumps(fuzz(kinds[0], options.number, options.seed)))
+        print(json.dumps(fuzz(kinds[0], number, options.seed)))
         return 0
     rows = []
     for name in kinds:
-        row = fuzz(name, 60, options.seed, command=False) if options.quick else in_a_process(name, options.number, options.seed)
+        row = fuzz(name, number, options.seed, command=False) if options.quick else in_a_process(name, number, options.seed)
         rows.append(row)
         faults = row.pop("faults")
         for fault in list({fault.rpartition("\n\n")[2][-800:]: fault for fault in faults}.values())[:5]:

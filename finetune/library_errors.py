@@ -91,6 +91,10 @@ def _metric(match: re.Match[str]) -> FinetuneError:
     )
 
 
+def _closed(path: str) -> FinetuneError:
+    return _of_the_disk(errno.EACCES, path) or FinetuneError(path)
+
+
 def _missing(match: re.Match[str]) -> FinetuneError:
     return ConfigError(
         f"{match[1]} needs a library that is not installed. Install it with: {match[2]}; or leave {match[1]} out."
@@ -110,6 +114,7 @@ _PATTERNS: list[tuple[str, Callable[[re.Match[str]], FinetuneError]]] = [
         _metric,
     ),
     (r"`(\w+)` requires `[^`]*`[^\n]*Install it by running `([^`]+)`", _missing),
+    (r"not creatable since parent directory not writable: '([^']*)'", lambda match: _closed(match[1])),
     (r"No space left on device|os error 28\b", lambda match: _of_the_disk(errno.ENOSPC) or FinetuneError(match[0])),
     (r"Read-only file system|os error 30\b", lambda match: _of_the_disk(errno.EROFS) or FinetuneError(match[0])),
     (

@@ -6,11 +6,28 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from finetune.errors import ConfigError
 from finetune.files import require_free
+from finetune.schema import read_json
+
+Count = Annotated[int, Meta(ge=0)]
+
+
+@dataclass
+class _State:
+    """What `NAME.part.json` says."""
+
+    rows: Count
+    failed: Count
+    last: str
+    bytes: Count
+    options: dict[str, Any]
 
 
 class GrowingFile:
@@ -51,9 +68,9 @@ class GrowingFile:
 
     def _continue(self, overwrite: bool) -> None:
         try:
-            state = json.loads(self.progress.read_text())
+            state = asdict(read_json(self.progress, _State, "how far a table goes", error=ConfigError))
             complete = self.partial.stat().st_size >= state["bytes"]
-        except (OSError, ValueError, KeyError):
+        except (OSError, ConfigError):
             return
         differ = [name for name, value in self.options.items() if state["options"].get(name) != value]
         if differ and not overwrite:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -231,6 +232,11 @@ class FinetuneCLI(LightningCLI):
 
     def _run_folder(self, options: RunOptions) -> Path:
         home = run_of(self.resumes) if self.resumes is not None else None
+        if home is not None and not os.access(home, os.W_OK):
+            raise CheckpointError(
+                f"{as_typed(home)} cannot be written, and a resumed run goes on in its folder. Make it writable, or resume a copy: "
+                f"cp -r {as_typed(home)} COPY && resnet-finetune fit --ckpt_path COPY"
+            )
         return home or new_run(Path(options.folder), options.name or "run", self._job_folder(options))
 
     def _loggers(self, given: Any, options: RunOptions, run_folder: Path) -> Any:
