@@ -234,7 +234,8 @@ class FinetuneCLI(LightningCLI):
         home = run_of(self.resumes) if self.resumes is not None else None
         if home is not None and not os.access(home, os.W_OK):
             raise CheckpointError(
-                f"{as_typed(home)} cannot be written, and a resumed run goes on in its folder. Make it writable, or resume a copy: "
+                f"{as_typed(home)} cannot be written, and a resumed run goes on in its folder. Make it writable, or resume a "
+                f"copy: "
                 f"cp -r {as_typed(home)} COPY && resnet-finetune fit --ckpt_path COPY"
             )
         return home or new_run(Path(options.folder), options.name or "run", self._job_folder(options))
