@@ -78,6 +78,9 @@ class RunFiles:
         """Return what a file holds; None if it is not there, and, noted, if it cannot be read."""
         if not os.path.lexists(self.folder / name):
             return None
+        if (self.folder / name).is_symlink():  # a report would show what it leads to
+            self.unreadable[name] = f"{self.folder / name} is a link, which is not followed."
+            return None
         try:
             return read()
         except FinetuneError as error:
