@@ -24,7 +24,7 @@ from finetune.module import FinetuneModule
 from finetune.parser import instantiate
 from finetune.record import read_record
 from finetune.repeats import Repeated, plan_repeats
-from finetune.resuming import compare_data, compare_run, progress_text, resolve_checkpoint, warning_of_older
+from finetune.resuming import compare_data, compare_run, progress_text, resolve_checkpoint, restoring, warning_of_older
 from finetune.resuming import progress as progress_of
 from finetune.room import is_full, unwritable
 from finetune.run_callbacks import RunCallbacks
@@ -271,6 +271,12 @@ class FinetuneCLI(LightningCLI):
             raise explained(error) or ConfigError(str(error)) from error
         except BaseException as error:
             self._stopped(error)
+            if self.resumes is not None and restoring(error):
+                raise CheckpointError(
+                    f"The state of the training in {as_typed(self.resumes)} cannot be restored ({type(error).__name__}: "
+                    f"{str(error)[:200]}). It is damaged, or of another optimizer or callback. Resume another checkpoint of "
+                    f"the run, or start a new run from its weights: --model.weights {as_typed(self.resumes)}"
+                ) from error
             raise
         finally:
             if self.kept is not None and self.kept.last is not None:
