@@ -272,7 +272,10 @@ def _open_onnx(path: Path, device: torch.device, temperature: float | None) -> T
 
 def _open_timm(path: Path, device: torch.device, temperature: float | None) -> Trained:
     advice = "Expected config.json and model.safetensors, as export writes them."
-    config = read_json(path / "config.json", _TimmConfig, "the configuration of a timm model", advice=advice)
+    try:
+        config = read_json(path / "config.json", _TimmConfig, "the configuration of a timm model")
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} cannot be read as a timm model: {error} {advice}") from error
     own = config.resnet_finetune or _TimmFacts()
     if not timm.is_model(config.architecture):
         raise CheckpointError(f"{path} names the architecture '{config.architecture}', which timm does not have. {advice}")
