@@ -20,6 +20,7 @@ from finetune import batch_statistics, checkpoints
 from finetune.adaptation import Adaptation, DomainBatch, describe
 from finetune.adaptation_methods import create
 from finetune.errors import ConfigError, DataError
+from finetune.labels import classes_of, joined
 from finetune.module import FinetuneModule
 from finetune.pairs import KNOWN, TARGET
 from finetune.target import ORACLE, UNKNOWN
@@ -59,13 +60,14 @@ class AdaptModule(FinetuneModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a batch of both domains."""
-        images, labels = self.unpack(_part(batch, "source"))
+        images, targets = self.images_and_labels(_part(batch, "source"))
+        labels = classes_of(targets)
         images = cast(Tensor, images)
         others, known = self._target(batch, images)
         features = self._features(images, others)
         logits = [self.head(self.dropout(each)) for each in features]
         labelled = known != UNKNOWN
-        loss = self.loss(torch.cat([logits[0], logits[1][labelled]]), torch.cat([labels, known[labelled]]))
+        loss = self.loss(torch.cat([logits[0], logits[1][labelled]]), joined(targets, known[labelled]))
         self._metrics_of("train").update(logits[0].detach(), labels)
         self._log_mean("train/cls_loss", loss.detach(), len(labels))
         loss = loss + self.objective.pull(self)
@@ -133,12 +135,21 @@ class AdaptModule(FinetuneModule):
 
     def _watch(self, batch: Any) -> dict[str, Any]:
         images, labels = self.unpack(batch[TARGET])
+        labels = classes_of(labels)
         logits: Tensor = self(images)
         place = torch.arange(len(labels))
         index = batch[TARGET].get("index", place) if isinstance(batch[TARGET], Mapping) else place
         self._watched.append((index.cpu(), logits.detach().float().cpu(), labels.cpu()))
-        known = bool((labels != UNKNOWN).all())
-        return {"logits": logits, "labels": labels, "index": index, "split": TARGET} if known else {}
+        if not bool((labels != UNKNOWN).all()):
+            return {}
+        unseen = self._unseen(index.cpu()).to(logits.device)
+        return {"logits": logits[unseen], "labels": labels[unseen], "index": index.to(logits.device)[unseen], "split": TARGET}
+
+    def _unseen(self, places: Tensor) -> Tensor:
+        """Return which of the watched images, by their places, are not trained with their labels."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        shots = getattr(data, "labelled_target", []) if getattr(data, "watched", "") == "train" else []
+        return ~torch.isin(places, torch.tensor(list(shots), dtype=places.dtype))
 
     def _all_watched(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """Return logits and labels of all pictures of the target, from all processes and in order, and their places."""
@@ -159,10 +170,8 @@ class AdaptModule(FinetuneModule):
         watched = self._all_watched()
         if watched is not None and len(watched[0]) > 1:
             logits, labels, places = watched
-            found = {f"{TARGET}/{name}": value for name, value in validators(logits).items()}
-            data: Any = getattr(self.trainer, "datamodule", None)
-            shots = getattr(data, "labelled_target", []) if getattr(data, "watched", "") == "train" else []
-            unseen = ~torch.isin(places, torch.tensor(list(shots), dtype=places.dtype))  # not trained with their labels
+            found = {f"{TARGET}/{name}": value for name, value in self.target_validators(logits).items()}
+            unseen = self._unseen(places)
             self._log_of_target({**found, **_accuracy(logits[unseen], labels[unseen], ORACLE)})
 
     def on_test_epoch_end(self) -> None:
@@ -171,6 +180,20 @@ class AdaptModule(FinetuneModule):
         watched = self._all_watched()
         if watched is not None:
             self._log_of_target(_accuracy(watched[0], watched[1], "oracle/target_test_acc"))
+
+    def target_validators(self, logits: Tensor) -> dict[str, Tensor]:
+        """Return what says without labels how well the model fits the target; a subclass may add numbers of its own.
+
+        Each is logged as `target/NAME` after an epoch, drawn in the report, and can choose the best checkpoint
+        (`--run.monitor target/NAME`). More has to be better, or `--run.mode min` be given.
+
+        Args:
+            logits: Of all images of the target that are watched, in order, (N, K), on the CPU.
+
+        Returns:
+            A scalar for each name.
+        """
+        return validators(logits)
 
     def _log_of_target(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():

@@ -10,15 +10,17 @@ from __future__ import annotations
 import os
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
+import torch
 from torch.utils.data import DataLoader
 
 from finetune.data import FolderDataModule, plain_root
+from finetune.decoded import Decoded
 from finetune.errors import ConfigError, DataError
 from finetune.folders import SPLITS, Picture, Split
-from finetune.left_out import require_readable
-from finetune.loading import PictureDataset
+from finetune.left_out import require_readable, tell_left_out, unreadable
+from finetune.loading import PictureDataset, Sampling
 from finetune.pairs import TARGET, PairDataset, PairSampler, TargetDataset
 from finetune.randomness import global_seed, seed_of
 from finetune.sample import BUILT_IN
@@ -55,11 +57,18 @@ class AdaptDataModule(FolderDataModule):
         val_fraction: Share of each class of the source to validate with, if it has no validation split.
         test_fraction: Share of each class of the source to test with, if it has no test split.
         split_seed: Another seed draws other pictures for these shares.
+        shots: Train on so many images of each class of the source only; all if null.
+        fraction: Train on this share of the images of each class of the source only.
+        folds: Cross-validation on the source, as in `FolderDataModule`.
+        fold: Train with this fold only, from 1.
+        sampling: How often images of the source are seen: natural or balanced (each class equally often).
         workers: Processes that read pictures. By default one per core up to 8, and none for fewer than 64 pictures.
         eval_batch_size: Pictures per step and device in validation and test. By default twice the batch size.
+        decoded: Keep the images of both domains decoded, with so many pixels on the shorter side.
+        on_error: What happens where images of either domain cannot be read: raise or skip, as in `FolderDataModule`.
+        max_errors: Share of the images of a domain that skip may leave out.
+        scale: How grey values of 16 bits become 8: full, or auto, as in `FolderDataModule`.
     """
-
-    unreadable_remedy = ""
 
     def __init__(
         self,
@@ -75,8 +84,17 @@ class AdaptDataModule(FolderDataModule):
         val_fraction: float = 0.2,
         test_fraction: float = 0.0,
         split_seed: int = 0,
+        shots: int | None = None,
+        fraction: float = 1.0,
+        folds: int | None = None,
+        fold: int | None = None,
+        sampling: Sampling = "natural",
         workers: int | None = None,
         eval_batch_size: int | None = None,
+        decoded: int | None = None,
+        on_error: Literal["raise", "skip"] = "raise",
+        max_errors: float = 0.05,
+        scale: Literal["full", "auto"] = "full",
     ) -> None:
         root = plain_root(root)
         target = os.fspath(target) if isinstance(target, str | os.PathLike) else [os.fspath(each) for each in target]
@@ -89,8 +107,17 @@ class AdaptDataModule(FolderDataModule):
             val_fraction=val_fraction,
             test_fraction=test_fraction,
             split_seed=split_seed,
+            shots=shots,
+            fraction=fraction,
+            folds=folds,
+            fold=fold,
+            sampling=sampling,
             workers=workers,
             eval_batch_size=eval_batch_size,
+            decoded=decoded,
+            on_error=on_error,
+            max_errors=max_errors,
+            scale=scale,
         )
         self.targets = [target] if isinstance(target, str) else target
         self.target_labels, self.target_shots, self.steps_per_epoch = target_labels, target_shots, steps_per_epoch
@@ -110,7 +137,13 @@ class AdaptDataModule(FolderDataModule):
     @cached_property
     def target(self) -> TargetFolder:
         """The pictures of the target; its folders are searched on first use."""
-        return scan_target(self.targets, self.folder.classes, self.folder.root, self.target_labels)
+        found = scan_target(self.targets, self.folder.classes, self.folder.root, self.target_labels)
+        return found.without(self._unreadable_targets(found)) if self.on_error == "skip" else found
+
+    def _unreadable_targets(self, found: TargetFolder) -> dict[str, str]:
+        """Return the images of the target that cannot be read, with what is wrong with them."""
+        files = [picture.file for split in SPLITS for picture in found.splits[split]]
+        return unreadable(found.root, files, self.max_errors, self.workers) if files else {}
 
     @cached_property
     def labelled_target(self) -> list[int]:
@@ -132,6 +165,11 @@ class AdaptDataModule(FolderDataModule):
         if split != TARGET:
             return super().files(split)
         return [self.target.root / picture.file for picture in self.target.splits[self.watched]]
+
+    @property
+    def _overfits(self) -> bool:
+        """Never: validation is of images of its own, also with `overfit_batches`."""
+        return False
 
     @property
     def steps(self) -> int:
@@ -156,27 +194,40 @@ class AdaptDataModule(FolderDataModule):
             DataError: If there are pictures that cannot be read.
         """
         super().setup(stage)
-        if stage == "fit" and self.trainer and not set(self.targets) <= set(BUILT_IN):
+        if stage == "fit" and self.trainer and self.on_error == "raise" and not set(self.targets) <= set(BUILT_IN):
             files = [picture.file for split in SPLITS for picture in self.target.splits[split]]
-            require_readable(self.target.root, files, self.workers)
+            require_readable(self.target.root, files, self.workers, self.unreadable_remedy)
         if stage == "fit" and (self.trainer is None or self.trainer.is_global_zero):
+            tell_left_out(self.target)
             number = len(self.labelled_target)
             drawn = f"\n{number} of the training pictures are trained with their labels" if number else ""
             print(self.target.summary() + drawn)
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Return shuffled, augmented training batches of both domains."""
+        self.write_split()
         seed = global_seed()
         transform = train_transform(self.input_spec, self.augment, self.hflip)
         source, target = self.folder.splits["train"], self.target.splits["train"]
-        labels = set(self.labelled_target)
+        labels, white = set(self.labelled_target), self.input_spec.white
         hidden = [Picture(p.file, p.label if place in labels else UNKNOWN) for place, p in enumerate(target)]
         pairs = PairDataset(
-            PictureDataset(self.folder.root, source, transform, seed),
-            PictureDataset(self.target.root, hidden, transform, seed_of(seed, TARGET)),
+            PictureDataset(self.folder.root, source, transform, seed, self._decoded("train"), self._advice, white=white),
+            PictureDataset(
+                self.target.root,
+                hidden,
+                transform,
+                seed_of(seed, TARGET),
+                self._decoded_target("train"),
+                self._advice,
+                white=white,
+            ),
         )
         position = self.position if self.trainer else None
-        sampler = PairSampler(pairs, self.batch_size, self.steps, self.labelled_target, seed, position, *self.ranks())
+        balanced = torch.tensor(self.labels("train")) if self.sampling == "balanced" else None
+        sampler = PairSampler(
+            pairs, self.batch_size, self.steps, self.labelled_target, seed, position, *self.ranks(), labels=balanced
+        )
         return self._loader(cast(Any, pairs), self.batch_size, sampler, drop_last=True)
 
     def val_dataloader(self) -> list[Any]:
@@ -197,8 +248,13 @@ class AdaptDataModule(FolderDataModule):
 
     def target_loader(self, split: Split) -> DataLoader[dict[str, Any]]:
         """Return the pictures of a split of the target once each, in order, under the key `target` of each batch."""
-        pictures = PictureDataset(self.target.root, self.target.splits[split], eval_transform(self.input_spec))
+        decoded, transform, white = self._decoded_target(split), eval_transform(self.input_spec), self.input_spec.white
+        images = self.target.splits[split]
+        pictures = PictureDataset(self.target.root, images, transform, None, decoded, self._advice, white=white)
         return self._in_order(cast(Any, TargetDataset(pictures)), f"{split} split of {self.target.root}")
+
+    def _decoded_target(self, split: Split) -> Decoded | None:
+        return self._decode([self.target.root / picture.file for picture in self.target.splits[split]])
 
     def describe_target(self) -> dict[str, Any]:
         """Return where the target is and how many pictures it has, for the record of a run."""

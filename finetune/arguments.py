@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from finetune.recipe_files import find_recipe
 from finetune.runs import CONFIG, RESUMED_CONFIG, find_checkpoint, run_of
 from finetune.schema import read_yaml
 
+_SECTIONS = {"model": "lr: 0.01", "data": "batch_size: 32", "trainer": "max_epochs: 10", "run": "patience: 3"}
+_COMMANDS = ("fit", "validate", "test")  # whose options may stand in a section of their own
 _OURS = ("--config", "-c", "--ckpt_path", "--run.folder", "--track")
 
 
@@ -37,7 +39,7 @@ def resolve(words: Sequence[str]) -> list[str]:
         named = last_value(rest, "--run.name") or name
         checkpoint = find_checkpoint(wanted[0], Path(folder[0]), named, prefer="last" if words[0] == "fit" else "best")
         if not configs:
-            resolved += ["--config", str(_config_of(checkpoint))]
+            resolved += ["--config", str(_require_options(_config_of(checkpoint)))]
         resolved += ["--ckpt_path", str(checkpoint)]
     elif configs and words[0] == "fit":
         resolved += ["--run.name", str(name)]
@@ -91,7 +93,27 @@ def _require_options(path: Path) -> Path:
     found: Any = read_yaml(path, object, "options", error=ConfigError)
     if not isinstance(found, dict):
         raise ConfigError(f"{path} holds {type(found).__name__} where options are expected, such as 'model: {{lr: 0.01}}'.")
+    _require_sections(path, found or {})
     return path
+
+
+def _require_sections(path: Path, found: Mapping[Any, Any], prefix: str = "") -> None:
+    """Refuse a section of a configuration that holds no options: the parser would leave some of them out without a message."""
+    for name, value in found.items():
+        if name in _COMMANDS and not prefix and isinstance(value, dict):
+            _require_sections(path, value, f"{name}.")
+        if name not in _SECTIONS or isinstance(value, dict):
+            continue
+        takes_class = name in ("model", "data")
+        if value is None and not takes_class:
+            continue  # an empty section: its defaults hold
+        if isinstance(value, str) and value and (takes_class or Path(value).is_file()):
+            continue  # a class, or another file with the options of the section
+        held = "nothing" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
+        raise ConfigError(
+            f"{path}: the section '{prefix}{name}' holds {held}, expected options, such as '{name}: {{{_SECTIONS[name]}}}'. "
+            "Correct it, or leave the section out."
+        )
 
 
 def last_value(words: Sequence[str], option: str) -> str | None:

@@ -65,6 +65,11 @@ class PhaseEMA(PhaseAverage):
         if not 0 < decay < 1:
             raise ConfigError(f"Expected run.ema to be a decay between 0 and 1, such as 0.999; found {decay}.")
         super().__init__(multi_avg_fn=lambda averages, weights, steps: ema_step(averages, weights, steps, decay))
+        self.decay = decay
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the decay, so that a checkpoint tells what its weights are an average of."""
+        return {**super().state_dict(), "decay": self.decay}
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
         """Move the average, or let it follow the weights as long as it has not begun."""
@@ -160,8 +165,8 @@ class WiseFT(PhaseAverage):
             averages[name].copy_(torch.lerp(self._start[name].to(tensor), tensor, self.share) if mixed else tensor)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the start, which a resumed run needs."""
-        return {**super().state_dict(), "start": self._start}
+        """Return the start, which a resumed run needs, and the share, so that a checkpoint tells what its weights are."""
+        return {**super().state_dict(), "start": self._start, "share": self.share}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the start from a checkpoint."""
@@ -185,6 +190,17 @@ def kind_of_average(checkpoint: Mapping[str, Any]) -> str | None:
     if AVERAGED not in checkpoint:
         return None
     return "wise_ft" if WiseFT.__name__ in checkpoint.get("callbacks", {}) else "ema"
+
+
+def describe_average(checkpoint: Mapping[str, Any]) -> str:
+    """Return what the weights of a checkpoint are an average of, as its options say it; empty if they are none."""
+    kind = kind_of_average(checkpoint)
+    if kind is None:
+        return ""
+    cls, option = {"ema": (PhaseEMA, "decay"), "wise_ft": (WiseFT, "share")}[kind]
+    state = checkpoint.get("callbacks", {}).get(cls.__name__)
+    value = state.get(option) if isinstance(state, Mapping) else None  # checkpoints of earlier versions do not hold it
+    return f"{kind} {value:g}" if isinstance(value, float) else kind
 
 
 def refuse_other_average(written: str | None, options: Any) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from tabulate import tabulate
@@ -13,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from finetune.backbones import create_model, input_spec_of
 from finetune.errors import ConfigError
+from finetune.layouts import ActivationLayout, Probe, Shape, at_size, best_layout, layout_from_probe, layout_from_shape
 from finetune.stages import HEAD, Stage, require_stage, split_head
 
 
@@ -21,6 +23,23 @@ class _ReachedError(Exception):
 
     def __init__(self, activation: Tensor) -> None:
         self.activation = activation
+
+
+_STEP = 64  # pixels: a multiple of every usual stride, so that growth by as many shows it exactly
+_OWN, _NEXT = "own", "next"
+
+
+class Output(NamedTuple):
+    """What a stage hands on.
+
+    Attributes:
+        tap: `next` if it is the input of the next stage; `own` if it is the output of the stage's last module, as where that
+            is pooled before the next one gets it, or the next one works on something else.
+        layout: What its axes mean.
+    """
+
+    tap: str
+    layout: ActivationLayout
 
 
 class Boundaries:
@@ -38,6 +57,7 @@ class Boundaries:
         self.backbone = backbone
         self.stages = [stage.name for stage in stages]
         self._parts = [nn.ModuleList(backbone.get_submodule(name) for name in stage.modules) for stage in stages]
+        self._modules = {stage.name: stage.modules for stage in stages}
         self.size = size
         self._entries = self._find_entries(stages)
 
@@ -65,6 +85,10 @@ class Boundaries:
         ]
         try:
             self.forward_dummy()
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise ConfigError(
+                f"{type(self.backbone).__name__} does not take images of {self.size} x {self.size} pixels: {error}"
+            ) from error
         finally:
             for handle in handles:
                 handle.remove()
@@ -106,26 +130,102 @@ class Boundaries:
 
     def forward_dummy(self) -> Tensor:
         """Run a blank picture through the network in eval mode: → features (1, C)."""
-        with evaluating(self.backbone), torch.no_grad():
-            return self._run(self._dummy())
+        return self._run_blank(1, self.size, self.size)
 
-    def output_shape(self, stage: Stage) -> tuple[int, ...]:
-        """Return the shape of what a stage hands on; the last one's before it is pooled to features."""
-        shapes: list[tuple[int, ...]] = []
-        if stage.name != self.stages[-1]:
-            with evaluating(self.backbone), torch.no_grad():
-                return tuple(self.lower(self._dummy(), stage.name).shape)
+    @contextmanager
+    def tapping(self, see: Callable[[str, str, Tensor], Tensor | None]) -> Iterator[None]:
+        """Show what stages hand on during a forward pass.
+
+        Args:
+            see: Is called with the name of a stage, `own` or `next` (see `Output`), and the activation; the pass goes on with
+                the tensor that it returns, if it does.
+        """
+
+        def output(stage: str) -> Callable[..., Tensor | None]:
+            return lambda _module, _inputs, found: see(stage, _OWN, found) if isinstance(found, Tensor) else None
+
+        def entry(stage: str) -> Callable[..., tuple[Any, ...] | None]:
+            def hook(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+                other = see(stage, _NEXT, inputs[0]) if inputs and isinstance(inputs[0], Tensor) else None
+                return None if other is None else (other, *inputs[1:])
+
+            return hook
+
         handles = [
-            part.register_forward_hook(lambda _m, _i, out: shapes.append(tuple(out.shape)) if isinstance(out, Tensor) else None)
-            for name in stage.modules
-            for part in self.backbone.get_submodule(name).modules()
+            self.backbone.get_submodule(module).register_forward_hook(output(stage))
+            for stage, modules in self._modules.items()
+            for module in modules
         ]
+        for stage, module in zip(self.stages, self._entries[1:], strict=False):
+            handles.append(module.register_forward_pre_hook(entry(stage)))
         try:
-            shapes.append(tuple(self.forward_dummy().shape))
+            yield
         finally:
             for handle in handles:
                 handle.remove()
-        return next((shape for shape in reversed(shapes) if len(shape) == 4), shapes[-1])
+
+    @cached_property
+    def outputs(self) -> dict[str, Output]:
+        """What each stage hands on, and in which layout."""
+        found: dict[str, Output] = {}
+        depends = self._depending()
+        for stage, layouts in self._layouts().items():
+            candidates = {tap: layouts[tap] for tap in (_NEXT, _OWN) if tap in layouts and (tap == _OWN or stage in depends)}
+            tap = best_layout(candidates or layouts)
+            found[stage] = Output(tap, layouts[tap])
+        return found
+
+    def _layouts(self) -> dict[str, dict[str, ActivationLayout]]:
+        only = self._shapes(1, self.size, self.size)
+        for side in dict.fromkeys((-(-self.size // _STEP) * _STEP, self.size)):
+            try:
+                square, tall, wide = (
+                    self._shapes(*sizes) for sizes in ((1, side, side), (2, 2 * side, side), (1, side, 2 * side))
+                )
+            except Exception:  # whatever a network raises for images of a size that it does not take
+                continue
+            return {
+                stage: {
+                    tap: at_size(
+                        layout_from_probe(Probe(side, square[stage][tap], tall[stage][tap], wide[stage][tap])), shape, self.size
+                    )
+                    for tap, shape in taps.items()
+                }
+                for stage, taps in only.items()
+            }
+        return {
+            stage: {tap: layout_from_shape(shape, self.size, self.backbone) for tap, shape in taps.items()}
+            for stage, taps in only.items()
+        }
+
+    def _shapes(self, number: int, height: int, width: int) -> dict[str, dict[str, Shape]]:
+        shapes: dict[str, dict[str, Shape]] = {stage: {} for stage in self.stages}
+        with self.tapping(lambda stage, tap, found: shapes[stage].update({tap: tuple(found.shape)})):
+            self._run_blank(number, height, width)
+        return shapes
+
+    def _depending(self) -> set[str]:
+        """Return the stages whose output the input of the next one is made of; of two branches side by side neither is."""
+        own: dict[str, Tensor] = {}
+        reached: set[str] = set()
+
+        def see(stage: str, tap: str, found: Tensor) -> Tensor | None:
+            if tap == _OWN:
+                own[stage] = found.detach().requires_grad_()
+                return own[stage].clone()  # the next layer may write into it
+            if stage in own and found.requires_grad:
+                (gradient,) = torch.autograd.grad(found.sum(), own[stage], retain_graph=True, allow_unused=True)
+                reached.update(() if gradient is None else (stage,))
+            return None
+
+        with evaluating(self.backbone), torch.enable_grad(), self.tapping(see):
+            self._run(self._dummy())
+        return reached
+
+    def _run_blank(self, number: int, height: int, width: int) -> Tensor:
+        like = next(self.backbone.parameters())
+        with evaluating(self.backbone), torch.no_grad():
+            return self._run(torch.zeros(number, 3, height, width, device=like.device, dtype=like.dtype))
 
     def check(self) -> dict[str, bool]:
         """Say for each stage whether the network can be cut above it without changing one bit of the result."""
@@ -170,15 +270,15 @@ def describe(backbone: nn.Module, stages: Sequence[Stage], head: nn.Linear, size
     rows: list[dict[str, Any]] = []
     for stage in stages:
         parameters = sum(sizes[name] for name in stage.parameters)
-        shape = boundaries.output_shape(stage)
+        layout = boundaries.outputs[stage.name].layout
         rows.append(
             {
                 "stage": stage.name,
                 "modules": _count_leaves(backbone, stage),
                 "parameters": parameters,
                 "share": parameters / total,
-                "stride": size // shape[-1] if len(shape) == 4 else None,
-                "channels": shape[1],
+                "stride": layout.stride,
+                "channels": layout.channels,
                 "multiply-adds": sum(_flops_of(flops, backbone, name) for name in stage.modules) // 2,
             }
         )

@@ -14,6 +14,7 @@ from finetune.schema import convert
 from finetune.transforms import InputSpec
 from finetune.weight_files import fault_of
 
+_OF_EACH_VALUE = {"momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}  # in torch and in timm
 _NAMED = 3  # tensors that a message names
 
 Count = Annotated[int, Meta(ge=0, le=10**12)]
@@ -119,6 +120,27 @@ def require_entries(entries: Mapping[str, Any], names: Iterable[str], path: str 
         raise CheckpointError(
             f"{os.fspath(path)} lacks {', '.join(missing)}. It is damaged: take another checkpoint of the run."
         )
+
+
+def require_optimizer_fits(optimizers: Iterable[Any]) -> None:
+    """Compare the averages that optimizers keep with their parameters: a fused update reads past the end of shorter ones.
+
+    Args:
+        optimizers: After a checkpoint was restored into them.
+
+    Raises:
+        CheckpointError: If one has another shape than its parameter.
+    """
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            for name in _OF_EACH_VALUE & state.keys():
+                found = getattr(state[name], "shape", None)
+                if state[name] is not None and found != parameter.shape:
+                    raise CheckpointError(
+                        f"The optimizer state '{name}' of the checkpoint does not fit its parameter: expected the shape "
+                        f"{tuple(parameter.shape)}, found {found if found is None else tuple(found)}. The checkpoint is damaged: "
+                        "resume another one of the run."
+                    )
 
 
 def require_fitting(state: Mapping[str, Any], own: Mapping[str, Any], strict: bool = True) -> None:

@@ -37,6 +37,8 @@ def stamp(checkpoint: dict[str, Any], module: FinetuneModule) -> None:
         "input": plain(asdict(module.input_spec)),
         "weights": module.weights_report.as_dict(),
         "run": run_facts(module._trainer),
+        "data": data_facts(module._trainer),
+        "split": plain(getattr(getattr(module._trainer, "datamodule", None), "split_facts", {})),
     }
     for key in ("hyper_parameters", "datamodule_hyper_parameters"):
         if key in checkpoint:
@@ -52,6 +54,23 @@ def run_facts(trainer: Any) -> dict[str, int]:
     if trainer is None:
         return {}
     return {"seed": global_seed(), "processes": trainer.world_size, "accumulate_grad_batches": trainer.accumulate_grad_batches}
+
+
+def data_facts(trainer: Any) -> dict[str, Any]:
+    """Return what finds the labelled images of a run again when it is over.
+
+    Args:
+        trainer: The trainer, or None.
+
+    Returns:
+        class: Name of the data module; folder: options of `FolderDataModule` that find its labelled images, None if it has none
+        in a folder. Empty without a data module.
+    """
+    data = getattr(trainer, "datamodule", None)
+    if data is None:
+        return {}
+    options = getattr(data, "folder_options", None)
+    return {"class": type(data).__name__, "folder": plain(options()) if callable(options) else None}
 
 
 def adopt(checkpoint: dict[str, Any], module: FinetuneModule) -> None:

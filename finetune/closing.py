@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,17 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from tabulate import tabulate
 
-from finetune import checkpoints, progress
+from finetune import checkpoints
 from finetune.adapt import AdaptModule
 from finetune.domain_table import domain_table
 from finetune.domains import measure_domains
+from finetune.durations import duration
 from finetune.errors import FinetuneError
 from finetune.explain import draw_mistakes
 from finetune.keep_outcomes import KeepOutcomes
 from finetune.module import FinetuneModule
-from finetune.record import RunRecord
-from finetune.report import write_report
+from finetune.record import RunRecord, read_record
+from finetune.report import REPORT, write_report
 from finetune.runs import CHECKPOINTS, as_typed
 from finetune.soup import BestEpochs
 
@@ -41,7 +43,7 @@ def metric_table(results: Iterable[Mapping[str, float]]) -> str:
     return tabulate(rows, headers=["metric", "value"], disable_numparse=True, colalign=("left", "right"))
 
 
-def close_run(run: Path, trainer: L.Trainer, best: ModelCheckpoint, epochs: BestEpochs | None, seconds: float) -> None:
+def close_run(run: Path, trainer: L.Trainer, best: ModelCheckpoint, epochs: BestEpochs | None) -> None:
     """Test the best checkpoint if there is a test split, and say where things are and what to type next.
 
     Args:
@@ -49,7 +51,6 @@ def close_run(run: Path, trainer: L.Trainer, best: ModelCheckpoint, epochs: Best
         trainer: The trainer behind its training.
         best: Its checkpoint of the best epoch.
         epochs: Its checkpoints of several good epochs, if their average was asked for.
-        seconds: What the training took.
     """
     with_data: Any = trainer
     module, data = trainer.lightning_module, with_data.datamodule
@@ -63,20 +64,60 @@ def close_run(run: Path, trainer: L.Trainer, best: ModelCheckpoint, epochs: Best
         say(f"\nbest   {best.monitor} {float(score):.4f} in epoch {epoch} ({as_typed(chosen)})")
         floor = getattr(module, "start_accuracy", None)
         if best.monitor == "val/acc" and floor is not None and floor - float(score) > 1e-6:
-            say(f"note   The head alone had val/acc {floor:.4f} before training: the recipe linear_probe suits these pictures.")
+            say(f"note   The head alone had val/acc {floor:.4f} before training: {_why_below(trainer)}.")
     if epochs is not None and score is not None:
         _compare_soup(trainer, epochs, chosen, float(score))
-    say(f"time   {progress.duration(seconds)} for training")
+    _say_time(run)
     if _has_test(module, data):
         results = trainer.test(datamodule=data, ckpt_path=str(chosen), weights_only=True, verbose=False)
         say(metric_table(results))
     if isinstance(module, AdaptModule) and trainer.is_global_zero:
         say(f"\n{domain_table({type(module.adaptation).__name__: run})}\n")
     _write_report(run, module)
+    if (run / REPORT).is_file():
+        say(f"open   {as_typed(run / REPORT)}")
     kept = [*run.glob("*.*"), *(run / CHECKPOINTS).glob("*.ckpt")]
     say(f"files  {as_typed(run)}/  ({', '.join(sorted(str(path.relative_to(run)) for path in kept))})")
     if isinstance(module, FinetuneModule) and module.classifies:
         say(f"next   resnet-finetune predict {shlex.quote(as_typed(run))} PICTURES --out predictions.csv")
+
+
+@rank_zero_only
+def _say_time(run: Path) -> None:
+    """Print how long the run has trained, which is what its record and its report say."""
+    record = read_record(run)
+    if record.get("seconds") is not None:
+        print(f"time   {duration(record['seconds'])} for training{' in all' if record.get('resumed') else ''}")
+
+
+_RATES = re.compile(r"--model\.(init_args\.)?(lr|lr_scale|lr_decay|lr_rule|optimizer)(=|$)")
+
+
+def _why_below(trainer: L.Trainer) -> str:
+    """Say why training may have ended below where it started: the recipe is at fault only if nothing else was."""
+    content = next((each.content for each in trainer.callbacks if isinstance(each, RunRecord)), {})  # type: ignore[attr-defined]
+    typed = rates_typed(content.get("command") or [])
+    if typed:
+        return (
+            f"{' '.join(typed)} lost that. Leave the rate to the recipe, or look for one with resnet-finetune lr-find; only "
+            "where no rate keeps it, the recipe linear_probe suits these pictures"
+        )
+    if content.get("warnings"):
+        return "training lost that, see the warnings above"
+    return "the recipe linear_probe suits these pictures"
+
+
+def rates_typed(command: Sequence[str]) -> list[str]:
+    """Return the arguments of a command that set learning rates or the optimizer.
+
+    >>> rates_typed(["fit", "--config", "small", "--model.lr", "0.02", "--model.lr_scale=5", "--model.dropout", "0.1"])
+    ['--model.lr 0.02', '--model.lr_scale=5']
+    """
+    found = []
+    for place, argument in enumerate(command):
+        if match := _RATES.match(argument):
+            found.append(argument if match[3] else " ".join(command[place : place + 2]))
+    return found
 
 
 def _compare_soup(trainer: L.Trainer, epochs: BestEpochs, best: Path, score: float) -> None:

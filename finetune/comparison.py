@@ -12,12 +12,13 @@ import numpy as np
 
 from finetune import scores
 from finetune.curve_figures import named_curves
+from finetune.durations import duration
 from finetune.errors import ConfigError
 from finetune.figure_style import style_of
 from finetune.figures import split_metrics
-from finetune.page import drawn, render, seconds, value_text, write_page
+from finetune.page import drawn, render, value_text, write_page
 from finetune.report import REPORT, warn_of_unreadable, write_report
-from finetune.run_files import Curve, RunFiles, find_run, flat
+from finetune.run_files import OF_TARGET, Curve, RunFiles, find_run, flat
 
 COMPARISON = "comparison.html"
 _SMALLER = ("loss", "nll", "brier", "ece", "time")  # of these, less is better
@@ -76,6 +77,7 @@ def content(files: Sequence[RunFiles], beside: Path) -> dict[str, Any]:
         "runs": [_run(number, name, run, beside) for number, (name, run) in enumerate(zip(names, files, strict=True))],
         "different": _different(files),
         "results": list(_results(files)),
+        "adapted": any(name.startswith(OF_TARGET) for run in files for name in run.metrics),
         "figures": drawn(figures),
         "options": list(differences([dict(flat(run.config)) for run in files])),
         "classes": list(_classes(files)),
@@ -128,22 +130,30 @@ def _run(number: int, name: str, run: RunFiles, beside: Path) -> dict[str, Any]:
 def _results(files: Sequence[RunFiles]) -> Iterator[dict[str, Any]]:
     """Yield a row for each metric, with the value of each run and whether it is the best."""
     values = [_values(run) for run in files]
+    adapted = any(name.startswith(OF_TARGET) for each in values for name in each)
     for metric in dict.fromkeys(name for each in values for name in each):
         row = [each.get(metric, float("nan")) for each in values]
         shown = [_shown(metric, value) for value in row]
-        best = _best(metric, shown, row)
+        of_source = adapted and metric.partition("/")[0] in ("val", "test")  # which says little of who does better there
+        best = set() if of_source else _best(metric, shown, row)
         cells = [{"text": text, "best": number in best} for number, text in enumerate(shown)]
         yield {"name": metric, "cells": cells}
 
 
 def _values(run: RunFiles) -> dict[str, float]:
-    found = run.at_best()
+    found = _in_order_of_weight(run.at_best(), run.monitor[0])
     for split, outcome in run.outcomes.items():
         found[f"{split}/ece"] = scores.ece(outcome)
     found["epochs"] = run.epochs_done
     if run.record.get("seconds"):
         found["time"] = float(run.record["seconds"])
     return found
+
+
+def _in_order_of_weight(found: Mapping[str, float], monitor: str) -> dict[str, float]:
+    """Return metrics with those of the target first, where there is one, then the metric that chose the checkpoint."""
+    order = sorted(found, key=lambda name: (not name.startswith(OF_TARGET), name != monitor))
+    return {name: found[name] for name in order}
 
 
 def _best(metric: str, shown: Sequence[str], row: Sequence[float]) -> set[int]:
@@ -157,7 +167,7 @@ def _best(metric: str, shown: Sequence[str], row: Sequence[float]) -> set[int]:
 def _shown(metric: str, value: float) -> str:
     if value != value:
         return ""
-    return seconds(value) if metric == "time" else f"{value:.0f}" if metric == "epochs" else f"{value:.4f}"
+    return duration(value) if metric == "time" else f"{value:.0f}" if metric == "epochs" else f"{value:.4f}"
 
 
 def _curves(runs: Mapping[str, RunFiles]) -> dict[str, dict[str, Curve]]:

@@ -10,8 +10,10 @@ of an epoch, or has another number of workers, therefore sees the batches that t
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -21,15 +23,20 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 from finetune.decoded import Decoded, keep_decoded
+from finetune.depth import depth_text, sampled_depth
 from finetune.errors import ConfigError, DataError, did_you_mean
-from finetune.folders import PictureFolder, Split, scan, summary, write_split
+from finetune.folder_split import images_of, with_roles
+from finetune.folders import PictureFolder, Split, scan, summary
 from finetune.hardware import worker_count
+from finetune.images import FULL
 from finetune.left_out import SKIP, leaving_out, look_before_training, tell_left_out, write_left_out
-from finetune.loading import EvalSampler, PictureDataset, Sampling, TrainSampler, even_batch_size
-from finetune.positioned import PositionedDataModule
+from finetune.loading import EvalSampler, PictureDataset, Sampling, TrainSampler, even_batch_size, stratified_order
 from finetune.randomness import global_seed, seed_of
 from finetune.reuse import Reuse, ReuseLoader, ReuseType
+from finetune.run_split import RunSplit
 from finetune.sample import BUILT_IN
+from finetune.split_changes import Image, describe
+from finetune.split_data import SplitDataModule
 from finetune.subsets import check_subset, fewer, fold_of
 from finetune.transforms import Augmentation, InputSpec, eval_transform, train_transform
 
@@ -42,7 +49,7 @@ _NOT_TRUE_HERE = (
 )
 
 
-class FolderDataModule(PositionedDataModule):
+class FolderDataModule(SplitDataModule):
     """Train, validate and test on a folder of pictures, or on built-in data.
 
     Example:
@@ -82,6 +89,8 @@ class FolderDataModule(PositionedDataModule):
         on_error: What happens where pictures cannot be read. raise: training does not start, or stops, and names them; skip:
             all are decoded once before training, and those that cannot be are left out and named.
         max_errors: Share of the pictures that skip may leave out.
+        scale: How grey values of 16 bits become 8: full (65535 is white), or auto (white is the largest value of the 8, 10,
+            12, 14 or 16 bits that a sample of the training images needs). The model keeps it for prediction.
 
     Attributes:
         input_spec: The input that the loaders deliver; `setup` asks the model for it.
@@ -112,6 +121,7 @@ class FolderDataModule(PositionedDataModule):
         reuse_budget: float = 20.0,
         on_error: Literal["raise", "skip"] = "raise",
         max_errors: float = 0.05,
+        scale: Literal["full", "auto"] = "full",
     ) -> None:
         super().__init__()
         root = plain_root(root)
@@ -126,7 +136,7 @@ class FolderDataModule(PositionedDataModule):
         self.sampling = sampling
         self.workers = workers
         self.decoded = decoded
-        self.on_error, self.max_errors = on_error, max_errors
+        self.on_error, self.max_errors, self.scale = on_error, max_errors, scale
         self._check_options(eval_batch_size)
         off = reuse is False  # how YAML reads the word
         self.reuse = Reuse.parse("off" if off else reuse, reuse_dtype, reuse_budget, random=augment != "none")
@@ -147,6 +157,8 @@ class FolderDataModule(PositionedDataModule):
                 raise ConfigError(f"Expected data.{name} to be at least 1, found {value}.")
         if self.on_error not in ("raise", "skip"):
             raise ConfigError(f"Expected data.on_error to be raise or skip, found '{self.on_error}'.")
+        if self.scale not in ("full", "auto"):
+            raise ConfigError(f"Expected data.scale to be full or auto, found '{self.scale}'.")
         if not 0 <= self.max_errors <= 1:
             raise ConfigError(f"Expected data.max_errors to be between 0 and 1, found {self.max_errors}.")
         if self.workers is not None and self.workers < 0:
@@ -168,7 +180,15 @@ class FolderDataModule(PositionedDataModule):
     @cached_property
     def folder(self) -> PictureFolder:
         """The classes and pictures; the folder is searched on first use, so no `setup` is needed."""
-        found = self._scan()
+        return self._fresh() if self._known is None else self._continued(self._known)
+
+    @cached_property
+    def _found(self) -> PictureFolder:
+        return self._scan()
+
+    def _fresh(self) -> PictureFolder:
+        """Return the split of a run that starts now."""
+        found = self._found
         if self.folds:
             found = fold_of(found, self.folds, self.fold or 1, self.split_seed)
         return fewer(found, self.shots, self.fraction, self.split_seed)
@@ -188,12 +208,12 @@ class FolderDataModule(PositionedDataModule):
     @property
     def classes(self) -> list[str]:
         """Names of the classes; the position is the label."""
-        return list(self.folder.classes)
+        return list(self._found.classes)
 
     @property
     def num_classes(self) -> int:
         """Number of classes."""
-        return len(self.folder.classes)
+        return len(self._found.classes)
 
     @property
     def has_test(self) -> bool:
@@ -204,9 +224,74 @@ class FolderDataModule(PositionedDataModule):
         """Return the pictures of a split; `index` in a batch is the position here."""
         return [self.folder.root / picture.file for picture in self.folder.splits[split]]
 
+    def measured_files(self, split: Split) -> list[Path]:
+        """Return the pictures that `index` in a batch of an evaluation means.
+
+        They are those of the split; in a validation with `overfit_batches`, those of the training split.
+        """
+        return self.files("train" if split == "val" and self._overfits else split)
+
     def labels(self, split: Split) -> list[int]:
         """Return the labels of a split, in the order of `files`."""
         return [picture.label for picture in self.folder.splits[split]]
+
+    def folder_options(self) -> dict[str, Any]:
+        """Return the options with which `FolderDataModule` finds the labelled images of this data module again.
+
+        A checkpoint keeps them, so that `evaluate`, `explain` and `export` find the images of its run. A subclass whose images
+        are found in another way returns other options, or sets this to None where they lie in no folder.
+        """
+        known = inspect.signature(FolderDataModule.__init__).parameters
+        return {name: value for name, value in self.hparams.items() if name in known}
+
+    # ------------------------------------------------------------------------------------- the split of a run that goes on
+
+    @property
+    def split_root(self) -> Path:
+        """The folder that names of images start from."""
+        return self._found.root
+
+    def forget_split(self) -> None:
+        """Let `folder` be found anew."""
+        self.__dict__.pop("folder", None)
+
+    def split_images(self) -> list[Image]:
+        """Return all images, and how they are used by this training."""
+        return self._images(self.folder)
+
+    def _continued(self, known: RunSplit) -> PictureFolder:
+        """Return the split of a run that goes on."""
+        found = self._found
+        if known.says_nothing:
+            return self._fresh()
+        fresh = self._fresh() if known.table is None or known.is_elsewhere(found.root) else found
+        images = self._images(fresh)
+        bounded = self.shots is not None or self.fraction < 1
+        roles = self.roles_of(known, images, bounded=bounded, unusable=[*found.left_out])
+        if roles is None:
+            return fresh
+        return with_roles(found, images, roles, self._drawn)
+
+    @property
+    def _drawn(self) -> set[Split]:
+        return {*self._found.drawn, *(("val",) if self.folds else ())}
+
+    def _images(self, folder: PictureFolder) -> list[Image]:
+        return images_of(self._found, folder, self._drawn, self.root not in BUILT_IN, self.workers)
+
+    def write_split(self) -> Path | None:
+        """Write down how images are used, and which are left out."""
+        run = super().write_split()
+        if run is not None:
+            write_left_out(self.folder, run / "left_out.csv")
+        return run
+
+    def _require(self, split: Split) -> None:
+        if not self.folder.splits[split] and self.lost(split):
+            raise DataError(
+                f"None of the {split} images of the run is left in {self.folder.root}: {describe(self.changes)}. Put them "
+                "back, or start a new run."
+            )
 
     # ---------------------------------------------------------------------------------------------- hooks of Lightning
 
@@ -223,18 +308,16 @@ class FolderDataModule(PositionedDataModule):
         self.input_spec = self._resized(spec or InputSpec.default())
         if stage != "fit":
             return
+        if self._known is None:
+            self.input_spec = replace(self.input_spec, white=self._white())
         self._restored = None
+        self._written = False
         first = trainer is None or trainer.is_global_zero
         if trainer and self.on_error == "raise" and self.root not in BUILT_IN:
             look_before_training(self.folder, self.workers, first, self.unreadable_remedy)
         if first:
             print(summary(self.folder))
             tell_left_out(self.folder)
-        if trainer and (self.folder.drawn or self.folder.left_out):
-            run = trainer.log_dir  # asks all processes
-            if run and trainer.is_global_zero and (trainer.loggers or Path(run).resolve() != Path.cwd()):
-                write_split(self.folder, Path(run, "split.csv"))
-                write_left_out(self.folder, Path(run, "left_out.csv"))
 
     def teardown(self, stage: str) -> None:
         """After training, name again the pictures that were left out."""
@@ -243,14 +326,18 @@ class FolderDataModule(PositionedDataModule):
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]] | ReuseLoader:
         """Return shuffled, augmented training batches; the pictures of an incomplete last batch wait for another epoch."""
+        self._require("train")
+        self.write_split()
         seed = global_seed()
         trainer: Any = self.trainer
         pictures = self.folder.splits["train"]
         transform = train_transform(self.input_spec, self.augment, self.hflip)
         random = None if self.augment == "none" else seed
-        dataset = PictureDataset(self.folder.root, pictures, transform, random, self._decoded("train"), self._advice)
+        dataset = PictureDataset(
+            self.folder.root, pictures, transform, random, self._decoded("train"), self._advice, self.input_spec.white
+        )
         if trainer and trainer.overfit_batches:
-            return self._loader(dataset, self.batch_size)
+            return self._overfit_loader(dataset)
         position = self.position if trainer else None
         labels = torch.tensor(self.labels("train")) if self.sampling == "balanced" else None
         sampler = TrainSampler(dataset, self.batch_size, seed, position, *self.ranks(), labels=labels)
@@ -258,7 +345,14 @@ class FolderDataModule(PositionedDataModule):
         return self._reusing(loader, "train")
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]] | ReuseLoader | list[Any]:
-        """Return the validation batches in the order of `files`; an empty list if there are no pictures to validate with."""
+        """Return the validation batches in the order of `files`; an empty list if there are no pictures to validate with.
+
+        With `overfit_batches` they are the images that are trained on, see `measured_files`.
+        """
+        self._require("val")
+        if self._overfits and self.folder.splits["val"]:
+            pictures, transform = self.folder.splits["train"], eval_transform(self.input_spec)
+            return self._overfit_loader(PictureDataset(self.folder.root, pictures, transform, None, self._decoded("train")))
         return self._reusing(self.eval_loader("val"), "val") if self.folder.splits["val"] else []
 
     @property
@@ -269,10 +363,13 @@ class FolderDataModule(PositionedDataModule):
         return "To train without such pictures: --data.on_error skip"
 
     def _decoded(self, split: Split) -> Decoded | None:
-        if self.decoded is None:
+        return self._decode(self.files(split)) if self.decoded is not None else None
+
+    def _decode(self, files: Sequence[Path]) -> Decoded | None:
+        if self.decoded is None or not files:
             return None
         workers = worker_count() if self.workers is None else self.workers
-        return keep_decoded([str(path) for path in self.files(split)], self.decoded, workers)
+        return keep_decoded([str(path) for path in files], self.decoded, workers, self.input_spec.white)
 
     def _reusing(self, loader: DataLoader[dict[str, Any]], split: Split) -> DataLoader[dict[str, Any]] | ReuseLoader:
         fits = self.reuse is not None and self.trainer is not None and self.trainer.state.fn == "fit"
@@ -294,14 +391,21 @@ class FolderDataModule(PositionedDataModule):
     def eval_loader(self, split: Split) -> DataLoader[dict[str, Any]]:
         """Return the pictures of a split once each, in the order of `files` and without augmentation.
 
-        Several processes share them.
+        Several processes share them. Where the trainer limits the batches, the order is one of which each beginning holds all
+        classes in their shares, the same in every epoch and run.
 
         Raises:
             DataError: If there are fewer pictures than processes.
         """
         pictures = self.folder.splits[split]
         dataset = PictureDataset(
-            self.folder.root, pictures, eval_transform(self.input_spec), None, self._decoded(split), self._advice
+            self.folder.root,
+            pictures,
+            eval_transform(self.input_spec),
+            None,
+            self._decoded(split),
+            self._advice,
+            self.input_spec.white,
         )
         return self._in_order(dataset, f"{split} split of {self.folder.root}")
 
@@ -316,16 +420,40 @@ class FolderDataModule(PositionedDataModule):
 
     def _in_order(self, dataset: PictureDataset, name: str) -> DataLoader[dict[str, Any]]:
         world, rank = self.ranks()
+        order = self._fair_order(dataset) if _is_limited(self.trainer) else None
         if world == 1:
-            return self._loader(dataset, self.eval_batch_size)
+            sampler = None if order is None else EvalSampler(dataset, 1, 0, order)
+            return self._loader(dataset, self.eval_batch_size, sampler)
         if len(dataset) < world:
             raise DataError(
                 f"The {name} has {len(dataset)} pictures, expected at least one for each of the {world} processes. Add "
                 "pictures or use fewer devices."
             )
         return self._loader(
-            dataset, even_batch_size(len(dataset), world, self.eval_batch_size), EvalSampler(dataset, world, rank)
+            dataset, even_batch_size(len(dataset), world, self.eval_batch_size), EvalSampler(dataset, world, rank, order)
         )
+
+    def _white(self) -> int:
+        """Return the grey value of 16 bits that is white, and say so where there are such files."""
+        if self.root in BUILT_IN:
+            return FULL
+        depth = sampled_depth(self.folder.root, [picture.file for picture in self.folder.splits["train"]])
+        if (text := depth_text(depth, self.scale)) and (self.trainer is None or self.trainer.is_global_zero):
+            print(text)
+        return depth.white if self.scale == "auto" else FULL
+
+    def _overfit_loader(self, dataset: PictureDataset) -> DataLoader[dict[str, Any]]:
+        """Return batches of which the first ones, which `overfit_batches` trains and validates with, hold all classes."""
+        return self._loader(dataset, self.batch_size, EvalSampler(dataset, *self.ranks(), self._fair_order(dataset)))
+
+    def _fair_order(self, dataset: Any) -> list[int]:
+        pictures = getattr(dataset.pictures, "pictures", dataset.pictures)  # of a target, whose dataset is one of a dataset
+        return stratified_order([picture.label for picture in pictures], seed_of(self.split_seed, "subset"))
+
+    @property
+    def _overfits(self) -> bool:
+        trainer: Any = self.trainer
+        return bool(trainer and trainer.state.fn == "fit" and trainer.overfit_batches)
 
     def _resized(self, spec: InputSpec) -> InputSpec:
         return spec if self.image_size is None else replace(spec, size=self.image_size)
@@ -352,6 +480,12 @@ class FolderDataModule(PositionedDataModule):
             persistent_workers=workers > 0 and not (pin and reloads),  # https://github.com/pytorch/pytorch/issues/91252
             pin_memory=pin,
         )
+
+
+def _is_limited(trainer: Any) -> bool:
+    """Say whether a trainer evaluates a part of the batches: a number of them (an int), or a share below 1.0."""
+    limit = 1.0 if not trainer else trainer.limit_test_batches if trainer.testing else trainer.limit_val_batches
+    return isinstance(limit, int) or limit < 1
 
 
 def plain_root(root: str | os.PathLike[str]) -> str:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from finetune.images import read_image
+from finetune.images import FULL, read_image, white_text
 from finetune.store import Rows, Store, pictures_key
 from finetune.transforms import LONGEST, CutLongSide
 
@@ -33,7 +33,7 @@ class Decoded:
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def keep_decoded(paths: Sequence[str], side: int, workers: int) -> Decoded:
+def keep_decoded(paths: Sequence[str], side: int, workers: int, white: int = FULL) -> Decoded:
     """Decode pictures and resize them so that the shorter side has `side` pixels, unless they are kept already or are smaller.
 
     A row has room for a picture of 4 : 1; what a picture does not fill takes no room on file systems with sparse files.
@@ -42,13 +42,14 @@ def keep_decoded(paths: Sequence[str], side: int, workers: int) -> Decoded:
         paths: The files.
         side: Pixels of the shorter side.
         workers: Processes that read pictures.
+        white: See `images.read_image`.
 
     Raises:
         DataError: If a picture cannot be read, or there is too little room.
     """
-    smaller = _Smaller(paths, side)
+    smaller = _Smaller(paths, side, white)
     room = _HEADER + 3 * side * side * LONGEST
-    key = {**pictures_key(paths, f"shorter side {side}"), "what": "decoded"}
+    key = {**pictures_key(paths, f"shorter side {side}{white_text(white)}"), "what": "decoded"}
     about = {"what": f"pictures of {side} pixels", "pictures": f"{len(paths)} files"}
     usual = len(paths) * 3 * side * side * 3 // 2
     store = Store(key, (len(paths), room), "uint8", about, expected=usual)
@@ -70,8 +71,8 @@ def keep_decoded(paths: Sequence[str], side: int, workers: int) -> Decoded:
 class _Smaller(Dataset[Rows]):
     """Rows of the store: height, width, and the pixels of a picture that was made smaller."""
 
-    def __init__(self, paths: Sequence[str], side: int) -> None:
-        self.paths, self.side = paths, side
+    def __init__(self, paths: Sequence[str], side: int, white: int) -> None:
+        self.paths, self.side, self.white = paths, side, white
         self.cut = CutLongSide(LONGEST)
         self.resize = v2.Resize(side, antialias=True)
 
@@ -79,7 +80,7 @@ class _Smaller(Dataset[Rows]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Rows:
-        image = self.cut(read_image(self.paths[index]))
+        image = self.cut(read_image(self.paths[index], self.white))
         image = self.resize(image) if min(image.shape[1:]) > self.side else image
         height, width = image.shape[1:]
         header = np.array([height, width], np.uint16).view(np.uint8)

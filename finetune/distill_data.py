@@ -15,17 +15,19 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from finetune.errors import ConfigError
-from finetune.folders import Picture
+from finetune.content import contents
+from finetune.errors import ConfigError, DataError
+from finetune.folders import Picture, Split
 from finetune.hardware import best_device, worker_count
 from finetune.hub import pretrained_cfg
 from finetune.loading import PictureDataset, TrainSampler, seeded
 from finetune.module import FinetuneModule
-from finetune.positioned import PositionedDataModule
 from finetune.randomness import global_seed, seed_of
 from finetune.reuse import dataset_key, keep, weights_hash
 from finetune.runs import find_checkpoint
 from finetune.sample import BUILT_IN
+from finetune.split_changes import Image, describe
+from finetune.split_data import SplitDataModule
 from finetune.store import Rows, Store
 from finetune.trained import load_model
 from finetune.transforms import Augmentation, InputSpec, change_look, eval_transform, random_crop
@@ -33,7 +35,7 @@ from finetune.walk import Pictures
 from finetune.weight_files import sha256_of
 
 
-class DistillDataModule(PositionedDataModule):
+class DistillDataModule(SplitDataModule):
     """Pictures without labels, in views, each with what the teacher makes of it.
 
     Batches hold `image` uint8 (N, 3, size, size), `target` float32 (N, C, grid, grid), the teacher's features, and `index`
@@ -119,7 +121,41 @@ class DistillDataModule(PositionedDataModule):
     @cached_property
     def files(self) -> dict[str, list[Picture]]:
         """The pictures of `train` and `val`."""
-        found = [Picture(path, 0) for path in Pictures(self.places).all()]
+        if self._known is None or self._known.says_nothing:
+            return self._draw()
+        roles = self.roles_of(self._known, self._images(self._draw()))
+        if roles is None:
+            return self._draw()
+        found = {split: [p for p in self._found if roles[os.path.abspath(p.file)] == split] for split in ("train", "val")}
+        if lost := [split for split in found if not found[split] and self.lost(split)]:
+            raise DataError(f"None of the {lost[0]} images of the run is left: {describe(self.changes)}. Put them back.")
+        return {"train": found["train"], "val": sorted(found["val"])}
+
+    @property
+    def split_root(self) -> Path:
+        """The folder that names of images start from; as they may lie in several, these are whole paths."""
+        return Path(os.sep)
+
+    def forget_split(self) -> None:
+        """Let `files` be found anew."""
+        self.__dict__.pop("files", None)
+
+    def split_images(self) -> list[Image]:
+        """Return all images, and how they are used by this training."""
+        return self._images(self.files)
+
+    def _images(self, files: dict[str, list[Picture]]) -> list[Image]:
+        paths = {os.path.abspath(p.file): "val" if split == "val" else "train" for split, found in files.items() for p in found}
+        every = [os.path.abspath(picture.file) for picture in self._found]
+        hashes = contents(self.split_root, every, self.workers)
+        return [Image(file, "", cast(Split, paths.get(file)), False, *hashes[file]) for file in every]
+
+    @cached_property
+    def _found(self) -> list[Picture]:
+        return [Picture(path, 0) for path in Pictures(self.places).all()]
+
+    def _draw(self) -> dict[str, list[Picture]]:
+        found = self._found
         order = sorted(found, key=lambda picture: seed_of("distill", picture.file))
         held_out = max(1, round(self.val_fraction * len(order)))
         if held_out == len(order):
@@ -187,7 +223,7 @@ class DistillDataModule(PositionedDataModule):
 
     def setup(self, stage: str) -> None:
         """Ask the student for its input."""
-        self._restored = None
+        self._restored, self._written = None, False
         spec = getattr(self.trainer.lightning_module, "input_spec", None) if self.trainer else None
         self.input_spec = _resized(spec or InputSpec.default(), self.image_size)
         if self.trainer is None or self.trainer.is_global_zero:
@@ -198,6 +234,7 @@ class DistillDataModule(PositionedDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return shuffled batches of the epoch's view."""
+        self.write_split()
         views = [self.targets("train", view) for view in range(self.views)]
         pictures = _WithTargets(self._dataset("train", self.input_spec, varied=True), views)
         position = self.position if self.trainer else None

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from finetune import checkpoints
 from finetune.calibration import fit_temperature, scaled, store_temperature
+from finetune.content import contents
 from finetune.errors import ConfigError, DataError
 from finetune.escaping import cells, shown
 from finetune.files import MARK, Unmarked, new_folder, require_free_folder
@@ -25,8 +26,10 @@ from finetune.outcomes import Outcome, write_outcome
 from finetune.predictor import Augmentations, Predictor
 from finetune.report import write_report
 from finetune.run_files import RunFiles
+from finetune.run_split import trained_on
 from finetune.runs import run_of
 from finetune.scores import Interval, confused_pairs, confusion, ece, metrics, per_class, selective
+from finetune.trained import describe_trained
 
 THRESHOLDS = (0.5, 0.8, 0.9, 0.95, 0.99)
 _MOST_ROWS = 30  # of a table on the console
@@ -77,12 +80,14 @@ def evaluate(
     reading: dict[str, Any] = {"tta": tta, "batch_size": batch_size, "device": device}
     predictor = Predictor(model, temperature=temperature, **reading)
     trained = predictor.trained
+    print(describe_trained(trained))
     pictures = _pictures(predictor, folder, wanted)
+    seen = 0 if folder is None else _count_trained_on(trained.path, pictures, workers)
     target = Path(out) if out else _place(trained.path, pictures)
     require_free_folder(target, overwrite, _OLDER)
     if calibrate:
         raw = Predictor(model, temperature=1.0, **reading)
-        _calibrate(raw, workers)
+        _calibrate(raw, workers, tell=folder is not None)
         predictor = Predictor(model, **reading)
     outcome = outcome_of(predictor, pictures, workers)
     found = metrics(outcome, resamples)
@@ -90,6 +95,7 @@ def evaluate(
         "model": str(trained.path),
         "pictures": pictures.name,
         "number": len(outcome),
+        "trained_on": seen,
         "tta": tta,
         "temperature": predictor.trained.temperature,
         "metrics": {name: interval._asdict() for name, interval in found.items()},
@@ -152,16 +158,31 @@ def _pictures(predictor: Predictor, folder: str | None, split: Split | None) -> 
     return own_pictures(predictor.trained.path, predictor.classes, split)
 
 
+def _count_trained_on(model: Path, pictures: Labelled, workers: int | None) -> int:
+    """Count the images that the model was trained on, by their content, and say so."""
+    if not model.is_file() or run_of(model) is None:
+        return 0
+    files = [os.path.abspath(file) for file in pictures.files]
+    found = contents(Path(os.sep), files, workers)
+    seen = trained_on(model, [found[file].digest for file in files])
+    if seen:
+        print(
+            f"warning: {seen} of the {len(files)} images were trained on, going by their content: the metrics are better than "
+            "those of new images."
+        )
+    return seen
+
+
 def _place(model: Path, pictures: Labelled) -> Path:
     name = "-".join(Path(pictures.name).name.split())
     return (run_of(model) or model.parent) / "evaluation" / name
 
 
-def _calibrate(raw: Predictor, workers: int | None) -> None:
+def _calibrate(raw: Predictor, workers: int | None, tell: bool) -> None:
     """Fit and store the temperature of a checkpoint on its run's validation pictures."""
     raw.trained.require_module()
     path = raw.trained.path
-    outcome = outcome_of(raw, own_pictures(path, raw.classes, "val"), workers)
+    outcome = outcome_of(raw, own_pictures(path, raw.classes, "val", tell), workers)
     temperature = fit_temperature(outcome)
     before, after = ece(outcome), ece(scaled(outcome, temperature))
     details: dict[str, float | int | str] = {"pictures": len(outcome), "ece_before": before, "ece_after": after}

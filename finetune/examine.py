@@ -15,7 +15,7 @@ from typing import NamedTuple
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from finetune.images import open_picture, read_image
+from finetune.images import is_deep, open_file, read_image
 from finetune.transforms import LONGEST
 
 TINY, HUGE = 8, 10_000  # pixels of a side
@@ -95,7 +95,7 @@ def _header(path: str) -> list[tuple[str, str]]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with open_picture(path) as image:
+            with open_file(path) as image:
                 width, height = image.size
                 if width * height > (Image.MAX_IMAGE_PIXELS or float("inf")):
                     raise _TooLarge(f"{width} x {height}")
@@ -119,7 +119,7 @@ def _oddities(image: Image.Image, path: str) -> list[tuple[str, str]]:
         found.append(("huge", size))
     if max(width, height) > LONGEST * min(width, height):
         found.append(("elongated", size))
-    if image.mode.startswith("I") or image.mode == "F":
+    if is_deep(image):
         found.append(("deep-colour", image.mode))
     if image.mode == "CMYK":
         found.append(("cmyk", ""))

@@ -70,7 +70,7 @@ def examine_all(root: Path, files: Sequence[str], full: bool, workers: int | Non
     Raises:
         DataError: If one of the processes ends.
     """
-    with _Memory(root) as memory:
+    with Memory(root) as memory:
         new = [file for file in files if memory.recall(root, file, full) is None]
         workers = (worker_count() if len(new) > _FEW else 0) if workers is None else workers
         looks = _look(root, new, full, workers)
@@ -103,7 +103,7 @@ def _look(root: Path, files: Sequence[str], full: bool, workers: int) -> Iterato
             ) from error
 
 
-class _Memory:
+class Memory:
     """What is known of the pictures of a folder; where it cannot be kept it lasts for this call only."""
 
     def __init__(self, root: Path) -> None:
@@ -111,7 +111,7 @@ class _Memory:
         self.path = cache_folder() / "checked" / f"{name}.sqlite"
         self.lock: FileLock | None = None
 
-    def __enter__(self) -> _Memory:
+    def __enter__(self) -> Memory:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.lock = FileLock(f"{self.path}.lock")  # processes of one run take turns; all but the first find everything

@@ -5,90 +5,65 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from finetune.errors import ConfigError, DataError, did_you_mean
-from finetune.images import read_image
-from finetune.labelled import Labelled, data_of, pictures_in
+from finetune.grad_cam import look
+from finetune.labelled import Labelled, data_of, pictures_in, why_no_images
 from finetune.outcomes import Floats, Ints, read_outcome
-from finetune.predictor import Predictor
+from finetune.predictor import Answer, Prediction, Predictor
 from finetune.run_files import EXPLAINED
 from finetune.runs import run_of
 from finetune.scores import worst_mistakes
-from finetune.staged import StagedModule
 from finetune.stages import require_stage
+from finetune.trained import describe_trained, probabilities_of
 from finetune.walk import Pictures
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _PER_PAGE = 8
+_NEIGHBOURS = 4
 
 
-def grad_cam(module: StagedModule, images: Tensor, stage: str | None = None, labels: Tensor | None = None) -> Tensor:
-    """Show where in pictures the output of a stage speaks for a class (Grad-CAM, Selvaraju et al. 2017).
+class Seen(NamedTuple):
+    """Images as a model saw them, and what it made of them.
 
-    The channels of the stage's output are weighted with their mean gradient, summed, and kept where positive.
+    Attributes:
+        images: As the network got them, uint8 (N, 3, size, size).
+        maps: Where it looked, (N, size, size), see `look`.
+        predictions: What it says of each, as `predict` does.
+    """
+
+    images: Tensor
+    maps: Tensor
+    predictions: list[Prediction]
+
+
+def see(predictor: Predictor, files: Sequence[str], stage: str | None = None, label: int | None = None) -> Seen:
+    """Run a model on images; what it says and where it looked come from the same forward pass.
 
     Args:
-        module: The model, in eval mode.
-        images: (N, 3, H, W), uint8, or float in [0, 1].
-        stage: Its name; the last stage whose output has height and width if None.
-        labels: Number of the class for each picture, (N,); the predicted one if None.
-
-    Returns:
-        (N, H, W) between 0 (nothing speaks for the class) and 1 (the strongest place of the picture).
+        predictor: The model, without test-time augmentation.
+        files: The images.
+        stage: The stage to look at, see `look`.
+        label: Number of the class to speak for; the predicted one if None.
 
     Raises:
-        ConfigError: If there is no such stage, or its output has no height and width.
+        ConfigError: If the stage shows no places, or the model is an export.
+        DataError: If an image cannot be read.
     """
-    names = [each.name for each in module.stages]
-    if stage is not None:
-        require_stage(stage, names)
-    outputs, logits = _outputs(module, images, names if stage is None else [stage])
-    spatial = [name for name in outputs if outputs[name].ndim == 4]
-    if not spatial:
-        raise ConfigError(f"The output of {stage or 'every stage'} has no height and width, so there is no place to point at.")
-    activation = outputs[spatial[-1]]
-    labels = logits.argmax(1) if labels is None else labels.to(logits.device)
-    (gradient,) = torch.autograd.grad(logits.gather(1, labels[:, None]).sum(), activation)
-    speaks = (gradient.mean((2, 3), keepdim=True) * activation).sum(1, keepdim=True).detach().relu()
-    strongest = speaks.amax((1, 2, 3), keepdim=True)
-    speaks = torch.where(strongest > 0, speaks / strongest, 0)
-    return F.interpolate(speaks, images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
-
-
-def _outputs(module: StagedModule, images: Tensor, names: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:
-    """Return the output of some stages, each ready to be differentiated by, and the logits."""
-    outputs: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Any:
-        def hook(_: Any, __: Any, output: Any) -> Tensor | None:
-            if not isinstance(output, Tensor):
-                return None
-            outputs[name] = output if output.requires_grad else output.detach().requires_grad_()
-            return outputs[name].clone()  # the next layer may write into it
-
-        return hook
-
-    stages = [stage for stage in module.stages if stage.name in names]
-    handles = [
-        module.backbone.get_submodule(inner).register_forward_hook(keep(stage.name))
-        for stage in stages
-        for inner in stage.modules
-    ]
-    try:
-        with torch.enable_grad():
-            logits = module(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return outputs, logits
+    module = predictor.trained.require_module()
+    images = predictor.inputs(list(files))
+    labels = None if label is None else torch.full((len(images),), label)
+    found = look(module, images.to(module.device), stage, labels)
+    rows = probabilities_of(found.logits, predictor.trained.temperature).numpy(force=True)
+    answers = [Answer(file, row, "") for file, row in zip(files, rows, strict=True)]
+    return Seen(images, found.maps.cpu(), [predictor.top(answer, 1) for answer in answers])
 
 
 @dataclass(frozen=True)
@@ -138,7 +113,7 @@ def explain(
     out: str = "explained",
     stage: str | None = None,
     label: str | None = None,
-    neighbours: int = 4,
+    neighbours: int | None = None,
     among: str | None = None,
     most: int = 40,
     device: str = "auto",
@@ -153,7 +128,7 @@ def explain(
         out: The folder to write into.
         stage: The stage to look at; the last one with height and width if None.
         label: The class to speak for; the predicted one if None.
-        neighbours: How many training pictures to show beside each, 0 for none.
+        neighbours: How many training images to show beside each, 0 for none; 4 if None, or none where they cannot be read.
         among: A folder of labelled pictures to look for neighbours in; the run's training pictures if None.
         most: At most so many pictures.
         device: A torch device, or `auto`.
@@ -166,17 +141,22 @@ def explain(
         ConfigError: If the stage or class is unknown, or a page would be overwritten.
         DataError: If there is no picture.
     """
-    if neighbours < 0 or most < 1:
+    if (neighbours or 0) < 0 or most < 1:
         raise ConfigError(f"Expected --neighbours of at least 0 and --most of at least 1, found {neighbours} and {most}.")
     predictor = Predictor(model, device=device)
-    module = predictor.trained.require_module()
+    print(describe_trained(predictor.trained))
     if stage is not None:
-        require_stage(stage, [each.name for each in module.stages])
-    true: dict[str, str] = {}
+        require_stage(stage, [each.name for each in predictor.trained.require_module().stages])
+    true: dict[str, _Row] = {}
     if mistakes:
         true = _mistakes(predictor, most)
         if not true:
             raise DataError(f"{predictor.trained.path} made no mistake on the pictures it was measured on.")
+    elif not pictures:
+        raise DataError(
+            "No images were named: give a folder or files, or --mistakes for the run's worst mistakes on the images that it "
+            "was measured on."
+        )
     files = list(true) if mistakes else Pictures(pictures).all()[:most]
     target = Path(out)
     pages = [files[at : at + _PER_PAGE] for at in range(0, len(files), _PER_PAGE)]
@@ -184,13 +164,18 @@ def explain(
     if not overwrite and (there := [path for path in places if path.exists()]):
         raise ConfigError(f"{there[0]} exists already and is not overwritten: give another --out, or --overwrite.")
     number = None if label is None else _number(label, predictor.classes)
-    alike = nearest(predictor, files, _among(predictor, among), neighbours) if neighbours else None
+    alike = _neighbours(predictor, files, among, neighbours)
     target.mkdir(parents=True, exist_ok=True)
+    differ = 0
     for index, (page, place) in enumerate(zip(pages, places, strict=True)):
-        images = torch.stack([predictor.transform(read_image(file)) for file in page])
-        wanted = None if number is None else torch.full((len(page),), number)
-        cams = grad_cam(module, images.to(module.device), stage, wanted).cpu()
-        _draw(predictor, page, images, cams, alike, index * _PER_PAGE, true).savefig(place, dpi=110)
+        seen = see(predictor, page, stage, number)
+        differ += sum(each.file in true and true[each.file].said != each.labels[0] for each in seen.predictions)
+        _draw(predictor, seen, alike, index * _PER_PAGE, true, label).savefig(place, dpi=110)
+    if differ:
+        print(
+            f"note: for {differ} of the {len(files)} images the model says something else than the run's table of predictions: "
+            "the checkpoint or the images have changed since, or the table was made at another precision."
+        )
     print(f"{len(files)} pictures: {', '.join(map(str, places))}")
     return places
 
@@ -206,18 +191,22 @@ def draw_mistakes(run: Path, most: int = 6) -> Path | None:
         FinetuneError: If its checkpoint or its pictures cannot be read.
     """
     predictor = Predictor(run, device="cpu")
-    module = predictor.trained.require_module()
     true = _mistakes(predictor, most)
     if not true:
         return None
-    files = list(true)
-    images = torch.stack([predictor.transform(read_image(file)) for file in files])
-    _draw(predictor, files, images, grad_cam(module, images), None, 0, true).savefig(run / EXPLAINED, dpi=110)
+    _draw(predictor, see(predictor, list(true)), None, 0, true).savefig(run / EXPLAINED, dpi=110)
     return run / EXPLAINED
 
 
-def _mistakes(predictor: Predictor, most: int) -> dict[str, str]:
-    """Return the worst mistakes of a run, and their true classes."""
+class _Row(NamedTuple):
+    """A row of the table of predictions of a run: the true class of an image, and the one that the run's model said."""
+
+    true: str
+    said: str
+
+
+def _mistakes(predictor: Predictor, most: int) -> dict[str, _Row]:
+    """Return the worst mistakes of a run by their files."""
     run = run_of(predictor.trained.path)
     tables = [] if run is None else [table for s in ("test", "val") if (table := run / f"predictions.{s}.csv").is_file()]
     if not tables:
@@ -226,7 +215,24 @@ def _mistakes(predictor: Predictor, most: int) -> dict[str, str]:
             "folder. Name pictures instead of --mistakes."
         )
     outcome = read_outcome(tables[0])
-    return {outcome.files[i]: outcome.classes[outcome.labels[i]] for i in worst_mistakes(outcome, most)}
+    said = outcome.predicted
+    return {
+        outcome.files[i]: _Row(outcome.classes[outcome.labels[i]], outcome.classes[said[i]])
+        for i in worst_mistakes(outcome, most)
+    }
+
+
+def _neighbours(predictor: Predictor, files: Sequence[str], among: str | None, number: int | None) -> Neighbours | None:
+    """Return the neighbours of images; without a number that was asked for, none where there is nothing to look among."""
+    if number == 0:
+        return None
+    try:
+        return nearest(predictor, files, _among(predictor, among), _NEIGHBOURS if number is None else number)
+    except DataError as error:
+        if number is not None or among is not None:
+            raise
+        print(f"note   Without neighbours. {error}")
+        return None
 
 
 def _among(predictor: Predictor, folder: str | None) -> Labelled:
@@ -235,8 +241,8 @@ def _among(predictor: Predictor, folder: str | None) -> Labelled:
     data = data_of(predictor.trained.path)
     if data is None:
         raise DataError(
-            f"The pictures that {predictor.trained.path} was trained on are not here: name a folder with --among, or leave "
-            "neighbours out with --neighbours 0."
+            f"{why_no_images(predictor.trained.path)}. Name a labelled folder to find neighbours in with --among, or leave "
+            "them out: --neighbours 0."
         )
     return Labelled(data.folder.root, "train", [str(path) for path in data.files("train")], data.labels("train"))
 
@@ -248,38 +254,44 @@ def _number(label: str, classes: Sequence[str]) -> int:
 
 
 def _draw(
-    predictor: Predictor,
-    files: Sequence[str],
-    images: Tensor,
-    cams: Tensor,
-    alike: Neighbours | None,
-    first: int,
-    true: dict[str, str],
+    predictor: Predictor, seen: Seen, alike: Neighbours | None, first: int, true: dict[str, _Row], label: str | None = None
 ) -> Figure:
-    """Draw a page: the picture, where the model looked, and its neighbours."""
+    """Draw a page: the images as the network saw them, where it looked, and their neighbours."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     columns = 2 + (alike.labels.shape[1] if alike else 0)
-    figure = Figure(figsize=(2 * columns, 2.35 * len(files)), layout="constrained")
+    figure = Figure(figsize=(2 * columns, 2.35 * len(seen.images)), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(files), columns, squeeze=False)
-    for row, (file, image, cam) in enumerate(zip(files, images, cams, strict=True)):
-        best = predictor(image, topk=1)[0]
-        said = f"{best.labels[0]} {best.probabilities[0]:.0%}" + (f"\nis {true[file]}" if file in true else "")
-        picture = image.permute(1, 2, 0).numpy()
-        _show(axes[row][0], picture, f"{Path(file).name}")
-        _show(axes[row][1], picture, said)
+    axes = figure.subplots(len(seen.images), columns, squeeze=False)
+    for row, (image, cam, prediction) in enumerate(zip(*seen, strict=True)):
+        _show(axes[row][0], image, Path(prediction.file).name)
+        _show(axes[row][1], image, caption(prediction, true.get(prediction.file), label))
         axes[row][1].imshow(cam.numpy(), cmap="inferno", alpha=0.55, vmin=0, vmax=1)
         for rank in range(columns - 2):
             assert alike is not None
-            other, label = alike.files[first + row][rank], int(alike.labels[first + row][rank])
-            shown = predictor.transform(read_image(other)).permute(1, 2, 0).numpy()
-            _show(axes[row][2 + rank], shown, f"{predictor.classes[label]}\n{alike.similarities[first + row][rank]:.2f}")
+            other, number = alike.files[first + row][rank], int(alike.labels[first + row][rank])
+            similarity = alike.similarities[first + row][rank]
+            _show(axes[row][2 + rank], predictor.inputs(other)[0], f"{predictor.classes[number]}\n{similarity:.2f}")
     return figure
 
 
-def _show(axis: Any, picture: Any, title: str) -> None:
-    axis.imshow(picture)
+def caption(prediction: Prediction, known: _Row | None = None, label: str | None = None) -> str:
+    """Return what stands above a map: the prediction, the true class where it is known, and the class that the map is of.
+
+    >>> caption(Prediction("a.jpg", ("ants",), (0.889,)), _Row("bees", "ants")).splitlines()
+    ['ants 89%', 'is bees']
+    """
+    lines = [f"{prediction.labels[0]} {prediction.probabilities[0]:.0%}"]
+    if known is not None:
+        then = "" if known.said == prediction.labels[0] else f" (was {known.said})"
+        lines.append(f"is {known.true}{then}")
+    if label is not None and label != prediction.labels[0]:
+        lines.append(f"map: {label}")
+    return "\n".join(lines)
+
+
+def _show(axis: Any, image: Tensor, title: str) -> None:
+    axis.imshow(image.permute(1, 2, 0).numpy())
     axis.set_title(title.replace("$", r"\$")[:60], fontsize=8)
     axis.set_axis_off()

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from finetune import checkpoints
 from finetune.backbones import create_model
-from finetune.errors import ConfigError, did_you_mean
+from finetune.errors import ConfigError, DataError, did_you_mean
 from finetune.files import MARK, Unmarked, new_folder, require_free_folder
-from finetune.labelled import data_of
+from finetune.labelled import data_of, why_no_images
 from finetune.model_card import write_model_card
 from finetune.module import FinetuneModule
 from finetune.predictor import Predictor
@@ -25,7 +25,7 @@ from finetune.runs import run_of
 from finetune.sample import BUILT_IN
 from finetune.schema import decode_json
 from finetune.staged import StagedModule
-from finetune.trained import INSTALL_EXPORT, ONNX_KEY, TIMM_KEY, Facts, Trained, facts, open_trained
+from finetune.trained import INSTALL_EXPORT, ONNX_KEY, TIMM_KEY, Facts, Trained, describe_trained, facts, open_trained
 from finetune.walk import Pictures
 
 Format = Literal["onnx", "torch_export", "timm"]
@@ -116,6 +116,7 @@ def export(
         raise ConfigError(f"Unknown format '{format}'.{did_you_mean(format, kinds)} Expected {', '.join(kinds)}.")
     trained = open_trained(model, "cpu", temperature)
     module = trained.require_module()
+    print(describe_trained(trained))
     folder = Path(out) if out else (run_of(trained.path) or trained.path.parent) / "export" / format
     require_free_folder(folder, overwrite, _OLDER)
     files, where = _pictures_of(trained, pictures)
@@ -213,11 +214,23 @@ def _pictures_of(trained: Trained, places: Sequence[str]) -> tuple[list[str], st
     if places:
         found, where = Pictures(places).all(), ", ".join(places)
     elif (data := data_of(trained.path)) is not None:
-        found, where = [str(path) for path in data.files("val")], f"validation pictures of {data.hparams['root']}"
+        found, where = [str(path) for path in data.files("val")], f"validation images of {data.hparams['root']}"
+    elif unlabelled := _unlabelled(trained):
+        found, where = unlabelled, "images that it was distilled on"
     else:
-        found, where = Pictures([BUILT_IN["digits"]()]).all(), "the built-in digits, as the run's pictures are not here"
+        found = Pictures([BUILT_IN["digits"]()]).all()
+        where = f"the built-in digits. {why_no_images(trained.path)}; to compare on images of yours: --pictures FOLDER"
     step = max(1, len(found) // _MOST)
     return found[::step][:_MOST], where
+
+
+def _unlabelled(trained: Trained) -> list[str]:
+    """Return the images that a student was distilled on, as far as they are still there."""
+    places = (checkpoints.read_own(trained.path).get("datamodule_hyper_parameters") or {}).get("pictures")
+    try:
+        return Pictures([BUILT_IN[place]() if place in BUILT_IN else place for place in places or ()]).all() if places else []
+    except DataError:
+        return []
 
 
 def _compare(trained: Trained, written: Path, files: Sequence[str]) -> Comparison:

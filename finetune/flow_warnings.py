@@ -3,25 +3,51 @@
 Gradients of different stages are compared with those of the stage that is nearest to the loss, at the same step: at the end of
 a good run all of them are small. In the healthy runs that the limits were chosen by (ResNets of 18 to 56 layers, pretrained and
 random) the ratio stayed between 1/140 and 20; in a network of 56 layers without shortcuts it went from 5,700 to 1/5,000.
+
+How far a step moves a stage is judged by itself, as a share of the norm of its weights: with Adam it is in proportion to the
+learning rate, so that a rate that would be right follows from it.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
+from typing import NamedTuple
 
 from torch import nn
 
 from finetune.stage_flow import Flow, finite
+from finetune.stages import HEAD
 
 VANISHING = 1e-3
 """Below this share of the gradient norm nearest to the loss, a stage's gradient has vanished."""
 EXPLODING = 1e3
 """Above this multiple of it, it has exploded."""
-TOO_FAR = 2.0
-"""An update of this many times the norm of the weights is none that training can follow."""
+TOO_FAR = 0.1
+"""An update of this share of the norm of the weights is a hundred times the usual one: what was pretrained is lost soon."""
+ROUGH = 0.01
+"""An update of this share is rough, and as much as a rate that is suggested may lead to."""
+NEW_TOO_FAR = 2.0
+"""What starts from random values or zero has nothing to lose and may move by its own norm at first; this is too far at once."""
+NEW_STEPS = 16
+"""After so many steps of a phase its limit is that of all others."""
+LOSS_TOO_HIGH = 3.0
+"""A training loss of this many times that of guessing has diverged."""
 LASTING = 3
 """A fault that may pass, as while a new head is still zero, is one after so many measurements in a row."""
+
+
+class Rate(NamedTuple):
+    """The learning rate of a stage.
+
+    Attributes:
+        now: At the step that was measured.
+        peak: The highest of its schedule.
+    """
+
+    now: float
+    peak: float
 
 
 class FlowWarnings:
@@ -30,19 +56,28 @@ class FlowWarnings:
     Args:
         scaled: Whether the loss is scaled (16-bit mixed precision), so that a step with infinite gradients now and then is part
             of finding the scale.
+        lr: The learning rate that the user sets (`model.lr`), for a suggestion of another; none is made if None.
+        new: The stages that start from random values or zero.
     """
 
-    def __init__(self, scaled: bool = False) -> None:
+    def __init__(self, scaled: bool = False, lr: float | None = None, new: Collection[str] = (HEAD,)) -> None:
         self._scaled = scaled
+        self._new_stages = frozenset(new)
+        self._lr = lr
+        self._suggested = math.inf
         self._told: set[tuple[str, str]] = set()
         self._in_a_row: Counter[tuple[str, str]] = Counter()
 
-    def judge(self, step: int, flows: Mapping[str, Flow]) -> list[str]:
+    def judge(
+        self, step: int, flows: Mapping[str, Flow], rates: Mapping[str, Rate] | None = None, since: int | None = None
+    ) -> list[str]:
         """Return what there is to say about a measurement.
 
         Args:
             step: The optimizer step, counted from 0.
             flows: What the step did to each stage, in the order of the network.
+            rates: The learning rate of each stage, as far as it is known.
+            since: Steps since the phase began; those of the run if None.
         """
         trained = {stage: flow for stage, flow in flows.items() if not flow.frozen}
         nearest = next(reversed(trained), "")
@@ -54,8 +89,27 @@ class FlowWarnings:
             small = {s: share for s, share in ratio.items() if share < VANISHING and ("rests", s) not in self._told}
             large = {stage: share for stage, share in ratio.items() if share > EXPLODING}
             said += [self._vanishing(step, small, trained, nearest), self._exploding(step, large, trained, nearest)]
-        far = {stage: flow.update_ratio for stage, flow in trained.items() if (flow.update_ratio or 0) > TOO_FAR}
-        return [text for text in (*said, self._too_far(step, far)) if text]
+        settled = (step if since is None else since) >= NEW_STEPS
+        limits = {stage: NEW_TOO_FAR if stage in self._new_stages and not settled else TOO_FAR for stage in trained}
+        far = {s: flow.update_ratio for s, flow in trained.items() if flow.update_ratio and flow.update_ratio > limits[s]}
+        return [text for text in (*said, self._too_far(step, far, rates or {})) if text]
+
+    def judge_loss(self, epoch: int, loss: float, classes: int) -> list[str]:
+        """Return what there is to say about the mean training loss of an epoch.
+
+        Args:
+            epoch: The epoch, counted from 1.
+            loss: Its mean loss, a cross-entropy.
+            classes: How many classes there are: guessing has the logarithm of their number.
+        """
+        guessing = math.log(max(classes, 3))  # of two classes a wrong one may cost more than three times ln 2
+        if not (math.isfinite(loss) and loss > LOSS_TOO_HIGH * guessing):
+            return []
+        text = (
+            f"the training loss of epoch {epoch} is {loss:.3g}, where guessing among {classes} classes has "
+            f"{math.log(classes):.2g}: training does not learn but diverges. {self._advice(None)}"
+        )
+        return self.once("loss", "", text)
 
     def once(self, fault: str, stage: str, text: str) -> list[str]:
         """Return a text in a list unless this fault of the stage was told before."""
@@ -101,15 +155,47 @@ class FlowWarnings:
             f"{nearest}. --trainer.gradient_clip_val 1.0, --model.warmup_epochs or shortcuts help."
         )
 
-    def _too_far(self, step: int, ratio: Mapping[str, float | None]) -> str | None:
+    def _too_far(self, step: int, ratio: Mapping[str, float], rates: Mapping[str, Rate]) -> str | None:
         stages = self._new("too far", ratio)
         if not stages:
             return None
-        numbers = ", ".join(f"{stage} by {ratio[stage]:.3g} times" for stage in stages)
+        at = {stage: f" (learning rate {rates[stage].now:.2g})" if stage in rates else "" for stage in stages}
+        numbers = ", ".join(f"{stage} by {ratio[stage]:.3g} times{at[stage]}" for stage in stages)
+        factors = [
+            ROUGH / ratio[s] * min(1.0, rates[s].now / rates[s].peak) for s in stages if s in rates and rates[s].peak > 0
+        ]
         return (
-            f"the weights explode: step {step} changed {numbers} their own norm, where a thousandth is usual. The learning "
-            "rate is too large: lower --model.lr, or add --model.warmup_epochs or --trainer.gradient_clip_val 1.0."
+            f"the weights explode: step {step} changed {numbers} their own norm, where a thousandth is usual and a hundredth "
+            f"is rough. {self._advice(min(factors, default=None))}"
         )
+
+    def _advice(self, factor: float | None) -> str:
+        """Say what to type.
+
+        Args:
+            factor: What the learning rate should be multiplied by at most; not known if None.
+        """
+        if self._lr is None or self._lr <= 0:
+            return (
+                "The learning rate is too large: lower --model.lr, or add --model.warmup_epochs or "
+                "--trainer.gradient_clip_val 1.0."
+            )
+        if factor is not None or math.isinf(self._suggested):
+            self._suggested = min(self._suggested, below(self._lr * (0.1 if factor is None else factor)))
+        return (
+            f"The learning rate is too large: start again with --model.lr {self._suggested:.0e} (it is {self._lr:g}, and "
+            "--model.lr_scale multiplies it for the stages below the head), or look for one with: resnet-finetune lr-find"
+        )
+
+
+def below(value: float) -> float:
+    """Return the nearest of 1, 2 and 5 times a power of ten that is not above a positive number.
+
+    >>> below(0.00049), below(0.02), below(3.7e-5)
+    (0.0002, 0.02, 2e-05)
+    """
+    power = math.floor(math.log10(value) + 1e-9)
+    return next(each * 10.0**power for each in (5, 2, 1) if each * 10.0**power <= value * (1 + 1e-9))
 
 
 def _norms(stages: Iterable[str], flows: Mapping[str, Flow]) -> str:

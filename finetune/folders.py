@@ -12,8 +12,6 @@ hardly moves the others.
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import unicodedata
 from collections import Counter
@@ -26,11 +24,10 @@ from typing import Literal, NamedTuple, TypeAlias
 from tabulate import tabulate
 
 from finetune.errors import DataError, did_you_mean
-from finetune.escaping import cells, shown
-from finetune.files import write_atomically
+from finetune.escaping import shown
 from finetune.images import IMAGE_SUFFIXES
 from finetune.randomness import seed_of
-from finetune.walk import existing, identity, order, subfolders, walk
+from finetune.walk import UNREAD, existing, identity, order, subfolders, walk
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -120,7 +117,7 @@ def scan(
     left_out: dict[str, str] = {}
     if choose is not None:
         trees, left_out = choose(folder, trees)
-    classes = _check_classes(folder, trees)
+    classes = _check_classes(folder, trees, skipped)
     fractions: dict[Split, float] = {"val": val_fraction, "test": test_fraction}
     missing: dict[Split, float] = {split: share for split, share in fractions.items() if split not in trees and share > 0}
     trees |= _draw(trees["train"], missing, split_seed)
@@ -152,26 +149,13 @@ def summary(folder: PictureFolder, most: int = 30) -> str:
     heads = [f"{split} (drawn)" if split in folder.drawn else split for split in SPLITS]
     table = tabulate(rows, [first, *heads], disable_numparse=[0])
     skipped = ", ".join(f"{number} {kind}" for kind, number in sorted(folder.skipped.items()))
-    return f"{shown(str(folder.root))}\n{table}" + (f"\nskipped: {skipped}" if skipped else "")
+    return f"{shown(str(folder.root))}\n{table}" + (f"\nskipped: {skipped}.{unread_hint(folder.skipped)}" if skipped else "")
 
 
-def write_split(folder: PictureFolder, path: Path) -> None:
-    """Write down which picture is in which split, if one was drawn: a CSV file with the columns file, label and split.
-
-    A file that says the same already is left alone.
-    """
-    if not folder.drawn:
-        return
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["file", "label", "split"])
-    for split in SPLITS:
-        writer.writerows([*cells([file, folder.classes[label]]), split] for file, label in folder.splits[split])
-    content = text.getvalue().encode("utf-8", "surrogateescape")
-    if path.is_file() and path.read_bytes() == content:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, content)
+def unread_hint(skipped: Mapping[str, int]) -> str:
+    """Return a sentence about images in formats that are not read, if there were some."""
+    unread = [f"{number} {kind}" for kind, number in sorted(skipped.items()) if kind.startswith(UNREAD)]
+    return f" {', '.join(unread)}: convert them to JPEG or PNG." if unread else ""
 
 
 # ------------------------------------------------------------------------------------------------------------ the layout
@@ -237,12 +221,12 @@ def read_classes(root: Path, split: str, skipped: Counter[str], tolerant: bool =
     return {name: sorted(files, key=order) for name, files in tree.items()}
 
 
-def _check_classes(root: Path, trees: Mapping[Split, Tree]) -> list[str]:
+def _check_classes(root: Path, trees: Mapping[Split, Tree], skipped: Mapping[str, int]) -> list[str]:
     classes = sorted(trees["train"])
     if empty := [name for name in classes if not trees["train"][name]]:
         raise DataError(
             f"In the training pictures of {root}, {_list(empty)} holds no picture. Add some (files ending in "
-            f"{', '.join(sorted(IMAGE_SUFFIXES))}) or remove the folder."
+            f"{', '.join(sorted(IMAGE_SUFFIXES))}) or remove the folder.{unread_hint(skipped)}"
         )
     if len(classes) < 2:
         raise DataError(f"{root} holds {len(classes)} class ({_list(classes)}), expected at least 2. {_ARRANGE.format(root)}")

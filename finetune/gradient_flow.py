@@ -22,8 +22,9 @@ from torch import Tensor
 from finetune import escaping
 from finetune.data import FolderDataModule
 from finetune.errors import ConfigError, DataError
-from finetune.flow_warnings import FlowWarnings, why_it_rests
+from finetune.flow_warnings import FlowWarnings, Rate, why_it_rests
 from finetune.module import FinetuneModule
+from finetune.record import RunRecord
 from finetune.runs import RunLogger, drop_repeated
 from finetune.stage_flow import Flow, Measurement, start_weights
 from finetune.stages import HEAD
@@ -64,6 +65,7 @@ class GradientFlow(Callback):
         self._batch: tuple[str, int, Any] | None = None
         self._pending: Measurement | None = None
         self._start: dict[str, Tensor] | None = None
+        self._rates: dict[str, Rate] = {}
 
     # ------------------------------------------------------------------------------------------------- hooks of Lightning
 
@@ -75,7 +77,8 @@ class GradientFlow(Callback):
         self._started = False
         if not self._active or not isinstance(pl_module, FinetuneModule):
             return
-        self._warnings = FlowWarnings(scaled=getattr(trainer.precision_plugin, "scaler", None) is not None)
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        self._warnings = FlowWarnings(scaled, pl_module.hparams.get("lr"), {HEAD, *pl_module.weights_report.untrained})
         named = dict(pl_module.named_parameters())
         members = pl_module.stage_parameters()
         self._members = {stage: {name: named[name] for name in names} for stage, names in members.items()}
@@ -122,6 +125,7 @@ class GradientFlow(Callback):
             if why:
                 self._say(trainer, self._warnings.once("rests", stage, why))
         self._pending = Measurement(self._members, self._start, _loss_scale(trainer, optimizer))
+        self._rates = _rates(trainer)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -134,8 +138,16 @@ class GradientFlow(Callback):
             self._write(trainer, step, flows)
             if any(flow.nonfinite for flow in flows.values()):
                 self._name_pictures(trainer)
-            self._say(trainer, self._warnings.judge(step, flows))
+            self._say(trainer, self._warnings.judge(step, flows, self._rates, step - self._begin(pl_module)))
         self._batch = None
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Compare the loss of the epoch with that of guessing."""
+        loss = trainer.callback_metrics.get("train/loss")  # computed by all processes together
+        guesses = getattr(pl_module, "has_cross_entropy", False)
+        if self._active and guesses and loss is not None:
+            classes = int(pl_module.hparams["num_classes"])
+            self._say(trainer, self._warnings.judge_loss(trainer.current_epoch + 1, float(loss), classes))
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Name the pictures with NaN, if it was they that stopped the run."""
@@ -149,10 +161,14 @@ class GradientFlow(Callback):
     # ---------------------------------------------------------------------------------------------------------- measuring
 
     def _due(self, trainer: L.Trainer, module: L.LightningModule) -> bool:
-        timetable, phase = getattr(module, "timetable", None), getattr(module, "phase", None)
-        begin = phase.start * timetable.steps_per_epoch if timetable and phase else 0
-        since = trainer.global_step - begin
+        since = trainer.global_step - self._begin(module)
         return trainer.global_step % self.every == 0 or (since in _EARLY and since < self.every)
+
+    @staticmethod
+    def _begin(module: L.LightningModule) -> int:
+        """Return the step at which the present phase began."""
+        timetable, phase = getattr(module, "timetable", None), getattr(module, "phase", None)
+        return int(phase.start * timetable.steps_per_epoch) if timetable and phase else 0
 
     def _meant_to_train(self, module: FinetuneModule) -> list[str]:
         """Return the stages that train now by the policy; what a subclass added beside the stages always does."""
@@ -198,6 +214,9 @@ class GradientFlow(Callback):
         show = trainer.lightning_module.print if trainer.is_global_zero else print  # which is silent on other processes
         for text in texts:
             show(f"warning: {escaping.shown(text)}")
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, RunRecord):
+                    callback.note_warning(trainer, text)
 
     def _name_pictures(self, trainer: L.Trainer) -> None:
         if self._batch is None:
@@ -209,6 +228,12 @@ class GradientFlow(Callback):
             where = f"{'training' if split == 'train' else 'validation'} batch {number} of epoch {trainer.current_epoch + 1}"
             text = f"pictures hold NaN or infinite values: {names} in {where} (the first batch is 0). Repair or remove them."
             self._say(trainer, self._warnings.once("pictures", names, text))
+
+
+def _rates(trainer: L.Trainer) -> dict[str, Rate]:
+    """Return the learning rate of each stage, at this step and at its highest."""
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups if "stage" in group]
+    return {group["stage"]: Rate(float(group["lr"]), float(group.get("initial_lr", group["lr"]))) for group in groups}
 
 
 def _loss_scale(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> float:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from finetune.batch_statistics import batchnorm_layers, restate
 from finetune.errors import ConfigError
 from finetune.freezing import plan
+from finetune.labels import classes_of
 from finetune.losses import class_weights
 from finetune.options import HeadInit
 from finetune.randomness import global_seed, seed_of
@@ -156,7 +157,8 @@ def _batches(
     rows = frozen_rows(trainer, loader, line, 0, reuse, split) if line and reuse else None
     if rows is None or line is None:
         for batch in tqdm(DataLoader(Subset(loader.dataset, chosen), loader.batch_size, num_workers=loader.num_workers), **bar):
-            yield batch["image"].to(module.device), batch["label"]
+            images, labels = module.images_and_labels(batch)
+            yield cast(Tensor, images).to(module.device), classes_of(labels)
         return
     labels = torch.tensor([picture.label for picture in loader.dataset.pictures])
     size = loader.batch_size or 1

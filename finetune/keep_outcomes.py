@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from finetune.outcomes import Floats, Ints, Outcome, write_outcome
+from finetune.validation import fresh_metrics
 
 
 class KeepOutcomes(Callback):
@@ -65,7 +66,9 @@ class KeepOutcomes(Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the table if the checkpoint that is about to be saved is the best so far; that callback comes after this."""
-        score = trainer.callback_metrics.get(self.best.monitor or "")
+        score = fresh_metrics(trainer).get(self.best.monitor or "")
+        if score is None and (self.best.monitor in trainer.callback_metrics):
+            return  # it is of an older validation
         before = self.best.best_model_score
         better = before is None or score is None or bool(score > before if self.best.mode == "max" else score < before)
         if better:
@@ -93,19 +96,36 @@ class KeepOutcomes(Callback):
             everywhere = gathered
         found: dict[str, Outcome] = {}
         for name in dict.fromkeys(name for parts in everywhere for name in parts):
-            outcome = _outcome([part for parts in everywhere for part in parts.get(name, [])], trainer, module, name or split)
+            rows = [part for parts in everywhere for part in parts.get(name, [])]
+            outcome = _outcome(rows, trainer, module, name or split, chosen=bool(name))
             found |= {} if outcome is None else {name or split: outcome}
         return found
 
 
-def _outcome(parts: list[tuple[Ints, Ints, Floats]], trainer: L.Trainer, module: Any, split: str) -> Outcome | None:
-    """Return what was said of the pictures of a split, in order; None if some are repeated or missing."""
+def _outcome(
+    parts: list[tuple[Ints, Ints, Floats]], trainer: L.Trainer, module: Any, split: str, chosen: bool
+) -> Outcome | None:
+    """Return what was said of the pictures of a split, in order; None if some are repeated, or missing without a reason.
+
+    A reason is a limit of the trainer, or that a step named the split itself and chose which of its images count. Then only
+    those are named that were measured.
+    """
     index, labels, probabilities = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     order = np.argsort(index, kind="stable")
-    if not np.array_equal(index[order], np.arange(len(index))):
-        return None
-    files = getattr(getattr(trainer, "datamodule", None), "files", None)
+    data: Any = getattr(trainer, "datamodule", None)
+    files = getattr(data, "measured_files", None) or getattr(data, "files", None)
     named = [os.path.abspath(path) for path in files(split)] if callable(files) else []
-    names = named if len(named) == len(index) else [str(number) for number in range(len(index))]
+    index = index[order]
+    whole = np.array_equal(index, np.arange(len(index)))
+    part = (chosen and len(index) > 0 and index[-1] < len(named)) or _is_part(trainer, index, len(named))
+    if not whole and (len(np.unique(index)) < len(index) or not part):
+        return None
+    names = [named[number] for number in index] if len(index) and index[-1] < len(named) else [str(number) for number in index]
     classes = tuple(module.class_names or (str(number) for number in range(probabilities.shape[1])))
     return Outcome(names, labels[order], probabilities[order], classes)
+
+
+def _is_part(trainer: L.Trainer, index: Ints, number: int) -> bool:
+    """Say whether some of the pictures were measured because the trainer limits the batches."""
+    limit = trainer.limit_test_batches if trainer.state.fn == "test" or trainer.testing else trainer.limit_val_batches
+    return (isinstance(limit, int) or limit < 1) and bool((index < number).all())

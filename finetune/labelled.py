@@ -5,14 +5,19 @@ from __future__ import annotations
 import inspect
 import os
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from finetune import checkpoints
 from finetune.data import FolderDataModule
 from finetune.errors import DataError, did_you_mean
 from finetune.folders import SPLITS, Split, read_classes, split_folders
+from finetune.run_split import split_in
 from finetune.walk import existing
+
+_OF_ADAPTATION = {"target", "target_labels", "target_shots", "steps_per_epoch"}
+"""Options of adaptation in checkpoints of earlier versions, which did not say how their images are found."""
 
 
 class Labelled(NamedTuple):
@@ -34,33 +39,57 @@ class Labelled(NamedTuple):
 def data_of(checkpoint: Path) -> FolderDataModule | None:
     """Return the data that the run of a checkpoint was trained on; None if they were no folder, or are no longer there."""
     content = checkpoints.read_own(checkpoint)
-    options = content.get("datamodule_hyper_parameters") or {}
-    known = set(inspect.signature(FolderDataModule.__init__).parameters)
-    if "root" not in options or not set(options) <= known:
+    options = _folder_options(content)
+    if options is None:
         return None
     data = FolderDataModule(**{**options, "reuse": "off", "decoded": None})
     try:
-        return data if data.folder else None
+        found = bool(data.classes)
     except DataError:
         return None
+    data.continue_from(split_in(checkpoint, content))
+    return data if found else None
 
 
-def own_pictures(checkpoint: Path, classes: tuple[str, ...], split: Split | None = None) -> Labelled:
+def _folder_options(content: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the options that find the labelled images of a checkpoint's run; None if they lay in no folder."""
+    known = set(inspect.signature(FolderDataModule.__init__).parameters) - {"self"}
+    stamped = content[checkpoints.KEY].get("data") or {}
+    options = stamped.get("folder") if stamped else content.get("datamodule_hyper_parameters")
+    if not options or "root" not in options or not set(options) <= known | _OF_ADAPTATION:
+        return None
+    return {name: value for name, value in options.items() if name in known}
+
+
+def why_no_images(checkpoint: Path) -> str:
+    """Return why the labelled images of a checkpoint's run cannot be read, as the beginning of a sentence."""
+    content = checkpoints.read_own(checkpoint)
+    stamped = content[checkpoints.KEY].get("data") or {}
+    options = _folder_options(content)
+    if options is not None:
+        return f"The images that {checkpoint} was trained on are not in {options['root']} any more"
+    if "pictures" in (content.get("datamodule_hyper_parameters") or {}):
+        return f"{checkpoint} was distilled on images without labels"
+    if stamped:
+        return f"The images that {checkpoint} was trained on came from the data module {stamped['class']}, not from a folder"
+    return f"{checkpoint} does not say which folder its images were in"
+
+
+def own_pictures(checkpoint: Path, classes: tuple[str, ...], split: Split | None = None, tell: bool = True) -> Labelled:
     """Return pictures of the run of a checkpoint.
 
     Args:
         checkpoint: The checkpoint.
         classes: Its classes.
         split: Which; if None, test where there is one, otherwise val.
+        tell: Whether to print how they differ from those of the run.
 
     Raises:
         DataError: If they are not there, or are of other classes.
     """
     data = data_of(checkpoint)
     if data is None:
-        raise DataError(
-            f"The pictures that {checkpoint} was trained on are not here: name a folder, as in evaluate RUN FOLDER."
-        )
+        raise DataError(f"{why_no_images(checkpoint)}. Name a folder with its classes, as in evaluate RUN FOLDER.")
     if tuple(data.classes) != classes:
         raise DataError(
             f"{data.root} has changed since the run: its classes are now {', '.join(data.classes)}. Name another folder, as in "
@@ -68,6 +97,8 @@ def own_pictures(checkpoint: Path, classes: tuple[str, ...], split: Split | None
         )
     split = split or ("test" if data.has_test else "val")
     files = [str(path) for path in data.files(split)]
+    if tell:
+        data.tell_changes()
     if not files:
         raise DataError(f"{data.root} has no pictures in the split '{split}'. Give another --split, or name a folder.")
     return Labelled(data.folder.root, f"{data.root} {split}", files, data.labels(split))

@@ -11,13 +11,14 @@ import io
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from finetune.errors import DataError
 from finetune.escaping import cell, shown
 from finetune.examined import examine_all
 from finetune.files import write_atomically
 from finetune.findings import Finding, Findings, told_briefly
-from finetune.folders import SPLITS, Choose, PictureFolder, Split, Tree
+from finetune.folders import SPLITS, Choose, Picture, PictureFolder, Split, Tree
 from finetune.survey import survey
 
 _NAMED = 5
@@ -85,15 +86,11 @@ def leaving_out(most: float, workers: int | None = None) -> Choose:
 
     def choose(root: Path, trees: Mapping[Split, Tree]) -> tuple[dict[Split, Tree], dict[str, str]]:
         files = list(_files(trees, lambda split, label: True))
-        bad = {file: look.error for file, look in examine_all(root, files, full=True, workers=workers) if look.error}
+        bad = _damaged(root, files, workers)
         known = {label for label, inside in trees["train"].items() if any(file not in bad for file in inside)}
         unknown = _files(trees, lambda split, label: split != "train" and label not in known)
         bad |= dict.fromkeys((file for file in unknown if file not in bad), "unknown-class")
-        if len(bad) > most * len(files):
-            raise DataError(
-                f"{len(bad)} of {len(files)} pictures of {root} cannot be used, more than data.max_errors allows ({most:.1%}): "
-                f"{named(bad)}. Replace or remove them, or raise data.max_errors. {advice(root)}"
-            )
+        _refuse_too_many(root, bad, len(files), most)
         left = {
             split: {label: [file for file in inside if file not in bad] for label, inside in tree.items() if label in known}
             for split, tree in trees.items()
@@ -103,6 +100,35 @@ def leaving_out(most: float, workers: int | None = None) -> Choose:
     return choose
 
 
+def unreadable(root: Path, files: Sequence[str], most: float, workers: int | None = None) -> dict[str, str]:
+    """Return the images that cannot be read, with what is wrong with them; each is decoded once, which is remembered.
+
+    Args:
+        root: The folder.
+        files: Paths below it.
+        most: The share of them that may be left out.
+        workers: Processes that read; from the cores if None.
+
+    Raises:
+        DataError: If there are more.
+    """
+    bad = _damaged(root, files, workers)
+    _refuse_too_many(root, bad, len(files), most)
+    return bad
+
+
+def _damaged(root: Path, files: Sequence[str], workers: int | None) -> dict[str, str]:
+    return {file: look.error for file, look in examine_all(root, files, full=True, workers=workers) if look.error}
+
+
+def _refuse_too_many(root: Path, bad: Mapping[str, str], number: int, most: float) -> None:
+    if len(bad) > most * number:
+        raise DataError(
+            f"{len(bad)} of {number} pictures of {root} cannot be used, more than data.max_errors allows ({most:.1%}): "
+            f"{named(bad)}. Replace or remove them, or raise data.max_errors. {advice(root)}"
+        )
+
+
 def _files(trees: Mapping[Split, Tree], wanted: Callable[[Split, str], bool]) -> Iterator[str]:
     for split, tree in trees.items():
         for label, inside in tree.items():
@@ -110,7 +136,23 @@ def _files(trees: Mapping[Split, Tree], wanted: Callable[[Split, str], bool]) ->
                 yield from inside
 
 
-def tell_left_out(folder: PictureFolder) -> None:
+class Reduced(Protocol):
+    """Images of which some may have been left out: a `PictureFolder`, or the target of an adaptation."""
+
+    @property
+    def root(self) -> Path:
+        """The folder that paths start from."""
+
+    @property
+    def splits(self) -> Mapping[Split, Sequence[Picture]]:
+        """The images of each split."""
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        """Images that were left out, with what is wrong with them."""
+
+
+def tell_left_out(folder: Reduced) -> None:
     """Say what was left out, if anything was."""
     if bad := folder.left_out:
         number = len(bad) + sum(len(pictures) for pictures in folder.splits.values())

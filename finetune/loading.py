@@ -12,14 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler, SequentialSampler
 
 from finetune.decoded import Decoded
 from finetune.errors import DataError
 from finetune.folders import Picture
-from finetune.images import read_image
+from finetune.images import FULL, read_image
 from finetune.randomness import seed_of
 from finetune.transforms import Transform
 
@@ -40,6 +41,7 @@ class PictureDataset(Dataset[dict[str, Any]]):
             randomness.
         decoded: The pictures by their index where they were decoded before; they are read from their files if None.
         advice: Said when a picture cannot be read.
+        white: See `images.read_image`.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class PictureDataset(Dataset[dict[str, Any]]):
         seed: int | None = None,
         decoded: Decoded | None = None,
         advice: str = "",
+        white: int = FULL,
     ) -> None:
         self.root = str(root)
         self.pictures = pictures
@@ -57,6 +60,7 @@ class PictureDataset(Dataset[dict[str, Any]]):
         self.seed = seed
         self.decoded = decoded
         self.advice = advice
+        self.white = white
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -69,7 +73,7 @@ class PictureDataset(Dataset[dict[str, Any]]):
         epoch, index, *repeat = key if isinstance(key, tuple) else (0, key)
         file, label = self.pictures[index]
         try:
-            image = read_image(os.path.join(self.root, file)) if self.decoded is None else self.decoded[index]
+            image = self.decoded[index] if self.decoded is not None else read_image(os.path.join(self.root, file), self.white)
         except DataError as error:
             raise PictureError(f"{error} {self.advice}") from None
         if self.seed is None:
@@ -173,18 +177,58 @@ def with_repeats(order: Sequence[int]) -> list[tuple[int, ...]]:
     return found
 
 
-class EvalSampler(DistributedSampler[Any]):
-    """Every picture once: a process takes each `world`-th, in order."""
+class EvalSampler(DistributedSampler[Any], SequentialSampler):
+    """Every picture once, always in the same order: a process takes each `world`-th.
 
-    def __init__(self, dataset: Dataset[Any], world: int, rank: int) -> None:
-        super().__init__(dataset, num_replicas=world, rank=rank, shuffle=False)
-        self.mine = range(rank, len(dataset), world)  # type: ignore[arg-type]
+    Lightning leaves samplers of the one base class as they are among several processes, and of the other with
+    `overfit_batches`.
+
+    Args:
+        dataset: The pictures.
+        world: Number of processes.
+        rank: Number of this process.
+        order: The order; that of the dataset if None.
+    """
+
+    def __init__(self, dataset: Dataset[Any], world: int, rank: int, order: Sequence[int] | None = None) -> None:
+        DistributedSampler.__init__(self, dataset, num_replicas=world, rank=rank, shuffle=False)
+        whole: Sequence[int] = range(len(dataset)) if order is None else order  # type: ignore[arg-type]
+        self.mine = whole[rank::world]
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.mine)
 
     def __len__(self) -> int:
         return len(self.mine)
+
+
+def stratified_order(labels: Sequence[int], seed: int) -> list[int]:
+    """Return an order of all images of which each beginning holds the classes in their shares, as nearly as whole images allow.
+
+    So the first batches are a fair subset, where images in the order of their folders begin with the first class alone. The
+    next image is always of the class that lacks most; which one of the class, and the order among equals, are drawn.
+
+    Args:
+        labels: Labels of the images.
+        seed: Seed of what is drawn.
+
+    >>> order = stratified_order([0, 0, 0, 0, 1, 1, 2, 2], seed=0)
+    >>> sorted([0, 0, 0, 0, 1, 1, 2, 2][index] for index in order[:4])
+    [0, 0, 1, 2]
+    """
+    generator = torch.Generator().manual_seed(seed)
+    classes, which = torch.unique(torch.tensor(labels, dtype=torch.int64), return_inverse=True)
+    members = [(which == place).nonzero().flatten() for place in torch.randperm(len(classes), generator=generator)]
+    waiting = [each[torch.randperm(len(each), generator=generator)].tolist() for each in members]
+    counts = np.array([len(each) for each in waiting], np.int64)
+    lacks = np.zeros(len(counts), np.int64)  # times the number of images, so that all numbers are whole
+    order: list[int] = []
+    for _ in range(len(labels)):
+        lacks += counts
+        chosen = int(lacks.argmax())
+        lacks[chosen] -= len(labels)
+        order.append(waiting[chosen].pop())
+    return order
 
 
 def even_batch_size(pictures: int, world: int, batch_size: int) -> int:

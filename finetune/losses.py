@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finetune.errors import ConfigError
+from finetune.labels import classes_of, labels_of
 
 ClassWeights = Literal["none", "balanced", "effective"]
 _EFFECTIVE_BETA = 0.999  # Cui et al. 2019 try 0.9 to 0.9999; this one suits classes of tens to thousands of pictures
@@ -71,6 +72,7 @@ def training_counts(data: object, num_classes: int) -> list[int]:
 
     Raises:
         ConfigError: If the data module does not tell its labels.
+        DataError: If they are no labels of these classes.
     """
     labels = getattr(data, "labels", None)
     if not callable(labels):
@@ -78,4 +80,6 @@ def training_counts(data: object, num_classes: int) -> list[int]:
             f"model.class_weights needs the labels of the training pictures, but {type(data).__name__} has no method "
             "labels('train') that returns them. Add one, or set model.class_weights none."
         )
-    return torch.bincount(torch.tensor(labels("train")), minlength=num_classes).tolist()
+    found = labels("train")
+    checked = labels_of(found, len(found), num_classes, what=f"The labels that {type(data).__name__}.labels('train') returns")
+    return torch.bincount(classes_of(checked), minlength=num_classes).tolist()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
 from finetune import checkpoints
+from finetune.averaging import describe_average
 from finetune.errors import DataError
 from finetune.outcomes import read_outcome
 from finetune.runs import run_of
@@ -23,10 +24,18 @@ _USE = {
 import json
 import numpy as np
 import onnxruntime
+from PIL import Image, ImageOps
+
 session = onnxruntime.InferenceSession("model.onnx")
 facts = json.loads(session.get_modelmeta().custom_metadata_map["resnet-finetune"])  # classes, input, temperature
-images = np.zeros((1, 3, {size}, {size}), np.uint8)  # RGB pictures, resized and cropped to {size} pixels
-probabilities = session.run(["probabilities"], {{"images": images}})[0]
+size, crop, kind = (facts["input"][name] for name in ("size", "crop", "interpolation"))
+image = ImageOps.exif_transpose(Image.open("image.jpg")).convert("RGB")
+zoom = int(size / crop) / min(image.size)  # the shorter side; then the centre is cut out
+image = image.resize([int(side * zoom) for side in image.size], getattr(Image.Resampling, kind.upper()))
+left, top = (round((side - size) / 2) for side in image.size)
+pixels = np.asarray(image.crop((left, top, left + size, top + size))).transpose(2, 0, 1)[None]  # uint8 (1, 3, size, size)
+probabilities = session.run(["probabilities"], {{"images": pixels}})[0][0]
+print(facts["classes"][probabilities.argmax()], probabilities.max())
 ```""",
     "torch_export": """```python
 import torch
@@ -103,12 +112,24 @@ def _training(trained: Trained) -> str:
         ("their licence", licence_of(report.source, options["backbone"])),
         ("freezing", options["freezing"]),
         ("BatchNorm statistics", options["bn"]),
-        ("optimizer", f"{options['optimizer']}, rate {options['lr']:g}, decay per stage {options['lr_decay']:g}"),
+        ("head before training", options["head_init"]),
+        ("optimizer", f"{options['optimizer']}, {_rates(options)}"),
+        ("average of weights", describe_average(content) or "none"),
         ("epochs", int(content["epoch"]) + 1),
         ("optimizer steps", int(content["global_step"])),
         ("temperature", f"{trained.temperature:.4g}"),
     ]
     return tabulate([(name, _plain(str(value))) for name, value in rows], ["", ""], tablefmt="github", disable_numparse=True)
+
+
+def _rates(options: Mapping[str, Any]) -> str:
+    """Return the learning rates of head and stages as they were given: factors, or else a decay per stage."""
+    scale = options["lr_scale"]
+    rate = f"rate {options['lr']:g}"
+    if isinstance(scale, int | float):
+        return f"{rate}, factor of all stages before the head {scale:g}"
+    named = "".join(f", factor of {stage} {factor:g}" for stage, factor in (scale or {}).items())
+    return f"{rate}, decay per stage {options['lr_decay']:g}{named}"
 
 
 def _origin(report: Report) -> str:

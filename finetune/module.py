@@ -21,9 +21,11 @@ from torchmetrics import MetricCollection
 from finetune import checkpoints
 from finetune.accepted_input import require_size
 from finetune.backbones import build_bottleneck, checkpoint_gradients, create_model, initialise, input_spec_of
+from finetune.checkpoint_file import require_optimizer_fits
 from finetune.errors import DataError
 from finetune.freezing import Phase, phase_at, plan
 from finetune.head_start import start_head
+from finetune.labels import classes_of, labels_of
 from finetune.losses import ClassWeights
 from finetune.metrics import MeanLoss, build_metrics
 from finetune.objective import Objective
@@ -208,6 +210,12 @@ class FinetuneModule(StagedModule):
         """
         return self.objective.loss(logits, labels) if self.training else F.cross_entropy(logits, labels)
 
+    @property
+    def has_cross_entropy(self) -> bool:
+        """Whether the training loss is of the size of a cross-entropy, so that guessing has ln(num_classes)."""
+        mine = ("loss", "_step", "training_step")
+        return self.classifies and all(getattr(type(self), name) is getattr(FinetuneModule, name) for name in mine)
+
     def param_groups(self) -> list[dict[str, Any]]:
         """Return the optimizer groups, one per stage and kind of weight decay, each with its own rate in it."""
         rule = self.hparams["lr_rule"]
@@ -236,8 +244,20 @@ class FinetuneModule(StagedModule):
         found = f"a mapping with {sorted(batch)}" if isinstance(batch, Mapping) else type(batch).__name__
         raise DataError(f"Expected a batch with 'image' and 'label', or a pair (images, labels); found {found}.")
 
-    def _step(self, batch: Any, split: str) -> dict[str, Tensor]:
+    def images_and_labels(self, batch: Any) -> tuple[Tensor | Kept, Tensor]:
+        """Return pictures and labels of a batch: class indices (N,), or distributions (N, num_classes); see `labels.labels_of`.
+
+        Raises:
+            DataError: If the batch has no labels of its pictures.
+        """
         images, labels = self.unpack(batch)
+        number = len(images.activation if isinstance(images, Kept) else images)
+        ours = isinstance(batch, Mapping) and "index" in batch  # of a folder: an accelerator need not wait for a look at them
+        check = not ours or getattr(labels, "is_cpu", True)
+        return images, labels_of(labels, number, self.hparams["num_classes"], check_values=check)
+
+    def _step(self, batch: Any, split: str) -> dict[str, Tensor]:
+        images, labels = self.images_and_labels(batch)
         targets = labels
         if split == "train":
             images, targets = self.objective.mix(
@@ -247,6 +267,7 @@ class FinetuneModule(StagedModule):
         loss = self.loss(logits, targets)
         if split == "train":
             loss = loss + self.objective.pull(self)
+        labels = classes_of(labels)
         self._metrics_of(split).update(logits.detach(), labels)
         self._log_loss(split, loss, len(labels), add_dataloader_idx=False)
         return {"loss": loss, "logits": logits.detach(), "labels": labels}
@@ -350,6 +371,8 @@ class FinetuneModule(StagedModule):
 
     def on_train_start(self) -> None:
         """Fix the timetable of phases and rates, now that the epoch and the length of an epoch are known."""
+        if self.trainer.ckpt_path is not None:
+            require_optimizer_fits(self.trainer.optimizers)
         self.timetable = build_timetable(self.trainer, self.stage_names, self.hparams)
         for group, rate in zip(self.trainer.optimizers[0].param_groups, self._scheduled_rates(), strict=False):
             group["lr"] = rate

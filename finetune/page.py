@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.durations import duration
 from finetune.errors import ConfigError
 from finetune.figures import svg
 from finetune.files import write_atomically
@@ -32,7 +33,7 @@ def render(template: str, **content: Any) -> str:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"seconds": seconds, "count": lambda number: f"{number:,}", "value": value_text}
+    environment.filters |= {"duration": duration, "count": lambda number: f"{number:,}", "value": value_text}
     script = (TEMPLATES / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template(template).render(
@@ -63,19 +64,6 @@ def write_page(path: Path, html: str) -> Path:
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror or error}. Give another place with --out.") from error
     return path
-
-
-def seconds(number: float) -> str:
-    """Say a length of time.
-
-    >>> seconds(42.4), seconds(75), seconds(7380)
-    ('42 s', '1 min 15 s', '2 h 3 min')
-    """
-    whole = round(number)
-    hours, minutes = whole // 3600, whole % 3600 // 60
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
 
 
 def value_text(value: Any) -> str:

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
-from finetune.loading import PictureDataset, Position
+from finetune.loading import PictureDataset, Position, balanced_order, with_repeats
 from finetune.randomness import seed_of
 
 TARGET = "target"
@@ -21,7 +22,10 @@ _SHARE_OF_SHOTS = 4  # one in so many pictures of a target batch is a labelled o
 
 
 class PairDataset(Dataset[dict[str, Any]]):
-    """Pictures of the source, each with one of the target; an item is asked for by (epoch, index in source, in target)."""
+    """Pictures of the source, each with one of the target; an item is asked for by (epoch, index in source, in target).
+
+    A fourth number, that of the repeat, lets an image of the source that stands in an epoch several times look different.
+    """
 
     def __init__(self, source: PictureDataset, target: PictureDataset) -> None:
         self.source, self.target = source, target
@@ -29,13 +33,13 @@ class PairDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return max(len(self.source), len(self.target))
 
-    def __getitem__(self, key: tuple[int, int, int] | int) -> dict[str, Any]:
+    def __getitem__(self, key: tuple[int, ...] | int) -> dict[str, Any]:
         if isinstance(key, int):  # by a sampler that is not ours: trainer.overfit_batches puts one in its place
             key = (0, key % len(self.source), key % len(self.target))
-        epoch, source, target = key
+        epoch, source, target, *repeat = key
         found = self.target[(epoch, target)]
         found[KNOWN] = found.pop("label")
-        return {**self.source[(epoch, source)], TARGET: found}
+        return {**self.source[(epoch, source, *repeat)], TARGET: found}
 
 
 class TargetDataset(Dataset[dict[str, Any]]):
@@ -66,6 +70,7 @@ class PairSampler(DistributedSampler[Any]):
         position: Returns the epoch and how many batches of it are done; if None, the epoch is that of `set_epoch`.
         world: Number of processes.
         rank: Number of this process.
+        labels: Labels of the source, (N,), to show each of its classes equally often; None to show each image once.
     """
 
     def __init__(
@@ -78,20 +83,33 @@ class PairSampler(DistributedSampler[Any]):
         position: Position | None = None,
         world: int = 1,
         rank: int = 0,
+        labels: Tensor | None = None,
     ) -> None:
         super().__init__(pairs, num_replicas=world, rank=rank, seed=seed)
         self.sizes = len(pairs.source), len(pairs.target)
         self.batch_size, self.steps, self.shots, self.position = batch_size, steps, list(shots), position
+        self.labels = labels
         self.num_samples = steps * batch_size
         self.total_size = self.num_samples * world
 
-    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
         epoch, done = self.position() if self.position else (self.epoch, 0)
         turn, skip = divmod(done, self.steps)
-        source = self._stream(range(self.sizes[0]), self.num_samples, epoch, turn, "source")
+        source = self._source(epoch, turn)
         target = self._target(epoch, turn)
-        pairs = [(epoch, *pair) for pair in zip(source, target, strict=True)]
+        pairs = [(epoch, which[0], other, *which[1:]) for which, other in zip(source, target, strict=True)]
         return iter(pairs[skip * self.batch_size :])
+
+    def _source(self, epoch: int, turn: int) -> list[tuple[int, ...]]:
+        """Return the images of the source for this process, with the number of the repeat where classes are balanced."""
+        if self.labels is None:
+            return [(index,) for index in self._stream(range(self.sizes[0]), self.num_samples, epoch, turn, "source")]
+        order: list[int] = []
+        while len(order) < self.total_size:
+            parts = (self.seed, "order", "source", epoch, turn, len(order))
+            generator = torch.Generator().manual_seed(seed_of(*parts))
+            order += balanced_order(self.labels, generator).tolist()
+        return with_repeats(order)[self.rank : self.total_size : self.num_replicas]
 
     def _target(self, epoch: int, turn: int) -> list[int]:
         labelled = set(self.shots)

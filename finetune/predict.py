@@ -17,6 +17,7 @@ from finetune.errors import ConfigError, DataError
 from finetune.escaping import cell
 from finetune.predictor import Answer, Augmentations, Predictor
 from finetune.rows import GrowingFile
+from finetune.trained import describe_trained
 from finetune.walk import Pictures
 
 _LINES = (".jsonl", ".ndjson")
@@ -61,6 +62,7 @@ def predict_to_file(
     if topk < 1 or batch_size < 1:
         raise ConfigError(f"Expected --topk and --batch_size to be at least 1, found {topk} and {batch_size}.")
     predictor = Predictor(model, device=device, tta=tta, temperature=temperature, batch_size=batch_size)
+    print(describe_trained(predictor.trained))
     places = Pictures(tuple(pictures), files_from)
     total = places.count()
     if workers is None and total <= batch_size:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchvision.transforms import v2
 
 from finetune import hardware
-from finetune.errors import ConfigError, DataError, did_you_mean
+from finetune.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from finetune.images import decode_image, image_to_tensor, read_image
 from finetune.trained import Trained, open_trained
 from finetune.transforms import InputSpec, Transform, eval_transform
@@ -112,6 +113,14 @@ class Predictor:
         files = [os.fspath(each) if isinstance(each, str | os.PathLike) else "" for each in several]
         return [self.top(Answer(file, row, ""), topk) for file, row in zip(files, self.probabilities(several), strict=True)]
 
+    def inputs(self, pictures: Picture | Sequence[Picture]) -> Tensor:
+        """Return images as the network gets them, uint8 (N, 3, size, size); for the pictures see `__call__`.
+
+        These are resized and cropped: what is given back to the predictor would be so twice.
+        """
+        white = self.trained.input_spec.white
+        return torch.stack([self.transform(_read(each, white)) for each in _as_list(pictures)])
+
     def probabilities(self, pictures: Picture | Sequence[Picture]) -> Values:
         """Return the probabilities of all classes, (N, C); for the pictures see `__call__`."""
         return self._in_batches(pictures, self._probabilities, len(self.classes))
@@ -147,19 +156,35 @@ class Predictor:
             The answers of a batch; a picture that cannot be read has an error instead of numbers.
         """
         workers = hardware.worker_count() if workers is None else workers
-        dataset = _Files(files, self.transform, self.batch_size, start)
+        dataset = _Files(files, self.transform, self.batch_size, start, self.trained.input_spec.white)
         compute = self._features if embed else self._probabilities
         for batch, images, errors in DataLoader(dataset, batch_size=None, num_workers=workers):
-            rows = iter(compute(images) if images is not None else ())
+            read = [file for file, error in zip(batch, errors, strict=True) if not error]
+            rows = iter(self._finite(compute(images), read) if images is not None else ())
             yield [Answer(file, None if error else next(rows), error) for file, error in zip(batch, errors, strict=True)]
 
     def _in_batches(self, pictures: Picture | Sequence[Picture], compute: Callable[[Tensor], Values], width: int) -> Values:
         several = _as_list(pictures)
-        found = [
-            compute(torch.stack([self.transform(_read(each)) for each in several[at : at + self.batch_size]]))
-            for at in range(0, len(several), self.batch_size)
-        ]
+        found = []
+        for at in range(0, len(several), self.batch_size):
+            batch = several[at : at + self.batch_size]
+            names = [os.fspath(p) if isinstance(p, str | os.PathLike) else f"image {at + i}" for i, p in enumerate(batch)]
+            found.append(self._finite(compute(self.inputs(batch)), names))
         return np.concatenate(found) if found else np.zeros((0, width), np.float32)
+
+    def _finite(self, values: Values, names: Sequence[str]) -> Values:
+        """Return what was computed of images, (N, ...), if all of it is finite.
+
+        Raises:
+            CheckpointError: If it is not; the message names the first such image.
+        """
+        odd = np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(1))
+        if len(odd):
+            raise CheckpointError(
+                f"{self.trained.path} computes NaN or infinity for {names[odd[0]]}, so it says nothing of the image. Its "
+                "weights are damaged, or too large for the kind of number that it computes in."
+            )
+        return values
 
     @torch.inference_mode()
     def _probabilities(self, images: Tensor) -> Values:
@@ -190,7 +215,7 @@ class Predictor:
 def _zoomed(spec: InputSpec) -> InputSpec:
     """Return the larger square that crops are cut from: what evaluation resizes the shorter side to."""
     larger = max(round(spec.size / spec.crop), round(spec.size * _ZOOM))
-    return InputSpec(larger, spec.mean, spec.std, spec.interpolation, 1.0)
+    return replace(spec, size=larger, crop=1.0)
 
 
 def _as_list(pictures: Picture | Sequence[Picture]) -> list[Any]:
@@ -202,17 +227,17 @@ def _as_list(pictures: Picture | Sequence[Picture]) -> list[Any]:
     return list(pictures)
 
 
-def _read(picture: Any) -> Tensor:
+def _read(picture: Any, white: int) -> Tensor:
     """Return a picture as uint8 (3, height, width)."""
     if isinstance(picture, str | os.PathLike):
-        return read_image(picture)
+        return read_image(picture, white)
     if isinstance(picture, bytes | bytearray | memoryview):
-        return decode_image(bytearray(picture), f"a picture of {len(picture)} bytes")
+        return decode_image(bytearray(picture), f"a picture of {len(picture)} bytes", white)
     if isinstance(picture, Image.Image):
-        return _from_pillow(picture)
+        return _from_pillow(picture, white)
     if isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and picture.ndim in (2, 3):
         try:
-            return _from_pillow(Image.fromarray(picture))
+            return _from_pillow(Image.fromarray(picture), white)
         except TypeError:
             pass  # the message below says what was expected
     if isinstance(picture, Tensor) and picture.ndim == 3 and len(picture) == 3:
@@ -229,9 +254,9 @@ def _read(picture: Any) -> Tensor:
     )
 
 
-def _from_pillow(image: Image.Image) -> Tensor:
+def _from_pillow(image: Image.Image, white: int) -> Tensor:
     try:
-        return image_to_tensor(image)
+        return image_to_tensor(image, white)
     except (ValueError, OSError) as error:
         raise DataError(f"The picture cannot be used: {error}.") from error
 
@@ -239,11 +264,12 @@ def _from_pillow(image: Image.Image) -> Tensor:
 class _Files(IterableDataset[tuple[list[str], Tensor | None, list[str]]]):
     """Batches of pictures that are read as they come; of several processes each takes the batches whose turn it is."""
 
-    def __init__(self, files: Iterable[str], transform: Transform, batch_size: int, start: int) -> None:
+    def __init__(self, files: Iterable[str], transform: Transform, batch_size: int, start: int, white: int) -> None:
         self.files = files
         self.transform = transform
         self.batch_size = batch_size
         self.start = start
+        self.white = white
 
     def __iter__(self) -> Iterator[tuple[list[str], Tensor | None, list[str]]]:
         worker = get_worker_info()
@@ -260,7 +286,7 @@ class _Files(IterableDataset[tuple[list[str], Tensor | None, list[str]]]):
         images, errors = [], []
         for file in batch:
             try:
-                images.append(self.transform(read_image(file)))
+                images.append(self.transform(read_image(file, self.white)))
                 errors.append("")
             except DataError as error:
                 errors.append(str(error))

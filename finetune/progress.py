@@ -146,18 +146,6 @@ class Bar(ProgressBar):
 _FORMAT = "{desc}: {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
 
 
-def duration(seconds: float) -> str:
-    """Return a duration in words.
-
-    >>> duration(4.26), duration(192), duration(7260)
-    ('4.3 s', '3 min 12 s', '2 h 1 min')
-    """
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
 def shown(values: Mapping[str, Any]) -> str:
     """Return values as they stand beside the bar.
 

@@ -13,6 +13,7 @@ It is written when training starts, after every epoch and at the end, whole or n
     phases      per freezing phase: start, end (the epoch before which it ends), train, norms
     monitor, mode, best   the metric that chooses the best checkpoint, and its value, epoch and checkpoint (average_of: how many
                 epochs it is the average of, the best of which is named)
+    warnings    what was printed about gradients, updates and the loss
     test        the metrics of the best checkpoint on the test split
 
 Epochs are counted from 0, as in `metrics.csv`. What is not known is null, or an empty list.
@@ -75,6 +76,7 @@ class RunRecord(Callback):
         self.run, self.command = Path(run), list(command)
         self.content: dict[str, Any] = {}
         self._epoch: int | None = None  # the last that was trained to its end
+        self._trained: float | None = None  # seconds of training, once it has ended
 
     # ------------------------------------------------------------------------------------------------- hooks of Lightning
 
@@ -134,18 +136,25 @@ class RunRecord(Callback):
             self.content["best"] |= {"value": value, "average_of": epochs}
             self._write(self.content["state"])
 
+    def note_warning(self, trainer: L.Trainer, text: str) -> None:
+        """Add a warning about the training, for the report; the file has it when the next epoch begins."""
+        if trainer.is_global_zero and self.content and text not in self.content["warnings"]:
+            self.content["warnings"].append(text)
+
     # -------------------------------------------------------------------------------------------------------- private
 
     def _start(self, before: dict[str, Any]) -> None:
         """Begin the content, or go on where the record of an earlier process ended."""
         now = _now()
         self._before, self._began = float(before.get("seconds", 0.0)), time.monotonic()
+        self._trained = None
         resumed = [{"command": self.command, "started": now}] if before else []
         self.content = {
             "format": FORMAT,
             "state": "running",
             "command": before.get("command", self.command),
             "resumed": [*before.get("resumed", []), *resumed],
+            "warnings": list(before.get("warnings") or []),
             "started": before.get("started", now),
             "version": __version__,
             "versions": library_versions(),
@@ -173,8 +182,12 @@ class RunRecord(Callback):
             self.content["best"] = {"value": value, "epoch": epoch, "checkpoint": name}
 
     def _write(self, state: str) -> None:
-        seconds = round(self._before + time.monotonic() - self._began, 1)
-        self.content |= {"state": state, "updated": _now(), "seconds": seconds}
+        if self._trained is None:
+            now = round(self._before + time.monotonic() - self._began, 1)
+            self._trained = None if state == "running" else now  # a test afterwards is not training
+            self.content["seconds"] = now
+        self.content |= {"state": state, "updated": _now()}
+        self.run.mkdir(parents=True, exist_ok=True)  # the command has made it; a script may name one that is not there yet
         write_atomically(self.run / RECORD, json.dumps(checkpoints.plain(self.content), indent=1))
 
 

@@ -21,10 +21,13 @@ CheckpointName = Annotated[
 ]  # which is sent to W&B: no path leads elsewhere
 
 
-class StageEntry(TypedDict, total=False):
+class _Stage(TypedDict):
+    stage: str
+
+
+class StageEntry(_Stage, total=False):
     """A stage of the network."""
 
-    stage: str
     parameters: Count
     lr: float | None
     trains_from_epoch: Epoch | None

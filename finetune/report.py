@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from finetune import scores
+from finetune.durations import duration
 from finetune.escaping import shown
 from finetune.figures import of_run
 from finetune.outcomes import Outcome
-from finetune.page import drawn, render, seconds, value_text, write_page
+from finetune.page import drawn, render, value_text, write_page
 from finetune.run_files import AUGMENTED, EXPLAINED, RunFiles, flat
 from finetune.runs import CHECKPOINTS, CONFIG, as_typed
 from finetune.thumbnails import data_uri, thumbnail
@@ -86,15 +87,17 @@ def content(files: RunFiles) -> dict[str, Any]:
         "headline": _headline(files),
         "lead": _lead(files),
         "error": files.record.get("error"),
+        "warnings": [str(text) for text in files.record.get("warnings") or []],
         "numbers": list(_numbers(files)),
         "facts": list(_facts(files)),
         "stages": list(_stages(files)),
         "phases": list(_phases(files)),
+        "target_shots": ((files.record.get("data") or {}).get("target") or {}).get("shots") or 0,
         "augmented": _picture(files, AUGMENTED),
         "explained": _picture(files, EXPLAINED),
         "figures": figures,
         "training_figures": any(name in figures for name in ("loss", "metrics", "learning_rates", "gradient_flow")),
-        "splits": [{"name": name, "pictures": len(found)} for name, found in files.outcomes.items()],
+        "splits": list(_splits(files)),
         "metric_rows": rows,
         "intervals": any(cell["range"] for row in rows for cell in row["cells"]),
         "classes": [] if outcome is None else list(_classes(outcome)),
@@ -143,7 +146,7 @@ def _numbers(files: RunFiles) -> Iterator[dict[str, str]]:
     of = f"of {files.epochs_planned}" if files.epochs_planned else ""
     yield {"name": "epochs", "value": f"{files.epochs_done}", "note": of}
     if files.record.get("seconds"):
-        yield {"name": "time", "value": seconds(files.record["seconds"]), "note": str(files.record.get("hardware") or "")}
+        yield {"name": "time", "value": duration(files.record["seconds"]), "note": str(files.record.get("hardware") or "")}
 
 
 # ------------------------------------------------------------------------------------------------------ what was trained
@@ -218,6 +221,17 @@ def _picture(files: RunFiles, name: str) -> str | None:
 
 
 # -------------------------------------------------------------------------------------------------------------- results
+
+
+def _splits(files: RunFiles) -> Iterator[dict[str, Any]]:
+    """Say what was measured; a part of a split, or training pictures, where the trainer was told to."""
+    counts = (files.record.get("data") or {}).get("counts") or {}
+    overfits = bool(dict(flat(files.config)).get("trainer.overfit_batches"))
+    for name, outcome in files.outcomes.items():
+        split = "train" if overfits and name == "val" else name
+        total = sum(counts.get(split) or [])
+        part = f" of {total:,}" if len(outcome) < total else ""
+        yield {"name": "training" if split == "train" else name, "pictures": len(outcome), "part": part}
 
 
 def _metric_rows(files: RunFiles) -> list[dict[str, Any]]:

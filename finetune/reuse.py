@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from finetune.errors import ConfigError, did_you_mean
+from finetune.images import white_text
 from finetune.loading import PictureDataset
 from finetune.store import Rows, Store, format_bytes, pictures_key, take
 
@@ -43,7 +44,7 @@ def dataset_key(dataset: PictureDataset, view: int) -> dict[str, Any]:
     """
     random = None if dataset.seed is None else [dataset.seed, view]
     kept = f"{dataset.decoded.side} pixels, " if dataset.decoded else ""
-    return pictures_key(dataset.paths(), f"{kept}{dataset.transform!r}", random)
+    return pictures_key(dataset.paths(), f"{kept}{dataset.transform!r}{white_text(dataset.white)}", random)
 
 
 def keep(

@@ -21,6 +21,7 @@ from finetune.runs import CHECKPOINTS
 from finetune.saving import LastCheckpoint
 from finetune.soup import BestEpochs
 from finetune.tracking import Tracking
+from finetune.validation import MeasuredCheckpoint, ValidationSchedule
 
 
 class RunCallbacks:
@@ -46,7 +47,7 @@ class RunCallbacks:
         self.best: ModelCheckpoint | None = None
         self.epochs: BestEpochs | None = None
         self.last: LastCheckpoint | None = None
-        self.every: list[L.Callback] = [EpochLine(), record, AugmentedPictures(folder), self.tracking]
+        self.every: list[L.Callback] = [ValidationSchedule(), EpochLine(), record, AugmentedPictures(folder), self.tracking]
         mode = options.mode or ("min" if "loss" in options.monitor else "max")
         if keep:
             self._keep(options, folder, mode)
@@ -61,7 +62,7 @@ class RunCallbacks:
     def _keep(self, options: RunOptions, folder: Path, mode: str) -> None:
         where: dict[str, Any] = {"dirpath": folder / CHECKPOINTS, "save_on_train_epoch_end": True}
         where["enable_version_counter"] = False
-        self.best = ModelCheckpoint(filename="best", monitor=options.monitor, mode=mode, **where)
+        self.best = MeasuredCheckpoint(filename="best", monitor=options.monitor, mode=mode, **where)
         self.every += [KeepOutcomes(folder, self.best), self.best]
         if options.soup is not None:
             self.epochs = BestEpochs(folder / CHECKPOINTS, options.soup, options.monitor, mode)

@@ -33,6 +33,9 @@ PREDICTIONS = {split: f"predictions.{split}.csv" for split in ("test", "target",
 RATE = "lr/"
 _MOST_BYTES = 64 * 2**20  # of a table
 _MOST_STEPS = 10**12
+OF_TARGET = ("oracle/", "target/")
+"""How metrics begin that were measured on the target of an adaptation: with its labels, and without."""
+_OF_TARGET_TEST = "oracle/target_test"
 
 Row = dict[str, str]
 T = TypeVar("T")
@@ -172,10 +175,10 @@ class RunFiles:
         return round(float(curve.x[chosen])) - 1
 
     def at_best(self) -> dict[str, float]:
-        """Return the metrics of validation at the best epoch, and those of the test."""
+        """Return the metrics of validation, of a target too, at the best epoch, and those of the test."""
         found: dict[str, float] = {}
         for name, curve in self.metrics.items():
-            if name.startswith("val/") and self.best_epoch is not None:
+            if name.startswith(("val/", *OF_TARGET)) and not name.startswith(_OF_TARGET_TEST) and self.best_epoch is not None:
                 here = np.flatnonzero(np.round(curve.x) == self.best_epoch + 1)
                 found |= {name: float(curve.y[here[-1]])} if len(here) else {}
             elif name.startswith("test/") and len(curve.y):

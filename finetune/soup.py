@@ -8,15 +8,15 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from finetune import checkpoints
 from finetune.errors import CheckpointError
 from finetune.files import atomic_write
 from finetune.room import tensor_bytes, unwritable
+from finetune.validation import MeasuredCheckpoint
 
 
-class BestEpochs(ModelCheckpoint):
+class BestEpochs(MeasuredCheckpoint):
     """Keep the checkpoints of the best epochs in `epochs/`, and average them when training is over.
 
     Args:
@@ -39,7 +39,9 @@ class BestEpochs(ModelCheckpoint):
         """
         ranked = sorted(self.best_k_models.items(), key=lambda item: float(item[1]), reverse=self.mode == "max")
         if len(ranked) < 2:
-            trainer.print(f"warning: There is no average of the best epochs: {len(ranked)} was measured, expected at least 2.")
+            trainer.print(
+                f"warning: There is no average of the best epochs: found {len(ranked)} measured, expected at least 2."
+            )
             return None
         fault = None
         if trainer.is_global_zero:

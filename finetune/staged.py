@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from finetune.boundaries import Boundaries
-from finetune.errors import DataError
+from finetune.errors import ConfigError, DataError
 from finetune.fold import folded
 from finetune.freezing import Phase, frozen_line, hold_frozen, plan, set_trainable
 from finetune.reuse import Kept, weights_hash
@@ -153,7 +153,10 @@ class StagedModule(L.LightningModule):
     @cached_property
     def boundaries(self) -> Boundaries:
         """The places where the backbone can be cut."""
-        return Boundaries(self.backbone, self.stages, self._dummy_size)
+        try:
+            return Boundaries(self.backbone, self.stages, self._dummy_size)
+        except ConfigError:  # some take multiples of their window only
+            return Boundaries(self.backbone, self.stages, self.input_spec.size)
 
     @property
     def _dummy_size(self) -> int:

@@ -18,32 +18,13 @@ from finetune.errors import DataError
 from finetune.escaping import shown
 from finetune.findings import Finding
 from finetune.folders import NAMES, SPLITS, Split, split_folders
+from finetune.images import UNREAD_SUFFIXES
 from finetune.walk import UNREADABLE, Found, browse, identity, listing
 
 FEW = 10  # pictures of a class to train on
 UNBALANCED = 10  # times as many pictures in the largest class
 
 _ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar", ".zst")
-_UNREAD = (
-    *(
-        ".heic",
-        ".heif",
-        ".avif",
-        ".jxl",
-        ".jp2",
-        ".j2k",
-        ".svg",
-        ".ico",
-        ".psd",
-        ".xcf",
-        ".eps",
-        ".pdf",
-        ".tga",
-        ".exr",
-        ".hdr",
-    ),
-    *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".raw", ".dcm", ".nii"),
-)
 _SYSTEM = ("thumbs.db", "desktop.ini", "ehthumbs.db")
 _LIKE_A_SPLIT = re.compile(
     r"[\W_\d]*(train|training|test|testing|val|valid|validation|dev|eval|holdout)[\W_\d]*"
@@ -183,7 +164,7 @@ def _judge_file(found: Survey, path: str, entry: Found, picture: str = "picture"
         here, there = os.path.realpath(found.root / path), os.path.realpath((found.root / path).parent)
         above = there == here or there.startswith(f"{here}{os.sep}")
         found.note("link-loop" if above else "linked-again", path, f"leads to {os.path.relpath(here, found.root)}")
-    elif kind != "not a picture":
+    elif kind in _KINDS:
         found.note(_KINDS[kind], path, entry.reason)
     else:
         found.note(*_other_file(found.root / path, path))
@@ -197,7 +178,7 @@ def _other_file(whole: Path, path: str) -> tuple[str, str, str]:
         return "hidden", path, ""
     if ending in _ARCHIVES:
         return "archive", path, "unpack it"
-    if ending in _UNREAD:
+    if ending in UNREAD_SUFFIXES:
         return "unread-format", path, f"convert {ending} to JPEG or PNG"
     if not ending and _starts_like_a_picture(whole):
         return "unread-format", path, "a picture without an ending: rename it"

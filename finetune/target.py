@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tabulate import tabulate
@@ -40,11 +40,27 @@ class TargetFolder:
         root: The folder that paths start from.
         classes: Names of the classes, those of the source.
         splits: The pictures of each split in the order of their paths; all are for training if there are no splits.
+        left_out: Images that cannot be read and are left out, with what is wrong with them.
     """
 
     root: Path
     classes: tuple[str, ...]
     splits: Mapping[Split, Sequence[Picture]]
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+    def without(self, bad: Mapping[str, str]) -> TargetFolder:
+        """Return the target without some images.
+
+        Args:
+            bad: Their paths, with what is wrong with them.
+
+        Raises:
+            DataError: If none is left to train with.
+        """
+        left = {split: [p for p in pictures if p.file not in bad] for split, pictures in self.splits.items()}
+        if not left["train"]:
+            raise DataError(f"None of the images of the target {self.root} can be read, so there is nothing to adapt to.")
+        return replace(self, splits=left, left_out=dict(bad))
 
     def labelled(self, split: Split) -> bool:
         """Return whether there are pictures in a split, all of a known class."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,11 +18,13 @@ from torch import Tensor, nn
 
 from finetune import checkpoints, hardware
 from finetune.backbones import import_path, input_spec_of
-from finetune.calibration import Temperature, stored_temperature
+from finetune.calibration import stored_temperature
 from finetune.errors import CheckpointError, ConfigError, FinetuneError
 from finetune.escaping import shown
+from finetune.finite import finite_temperature, require_finite
 from finetune.module import FinetuneModule
-from finetune.runs import find_checkpoint
+from finetune.runs import CHECKPOINTS, as_typed, find_checkpoint, run_of
+from finetune.saving import LAST
 from finetune.schema import convert, decode_json, read_json
 from finetune.transforms import InputSpec
 from finetune.trusted_code import guarding, require_trusted
@@ -39,13 +42,13 @@ class Facts:
 
     classes: Annotated[list[str], Meta(min_length=1)]
     input: InputSpec
-    temperature: Temperature
+    temperature: float
 
 
 @dataclass
 class _TimmFacts:
     input: InputSpec | None = None
-    temperature: Temperature = 1.0
+    temperature: float = 1.0
 
 
 @dataclass
@@ -61,6 +64,7 @@ class _TimmConfig:
 
 
 _MOST_TRIED = 1024  # pixels of a side
+_MOST_NAMED = 10  # classes in a line on the console
 
 INSTALL_EXPORT = 'pip install "resnet-finetune[export]"'
 
@@ -135,8 +139,8 @@ def open_trained(model: str | os.PathLike[str], device: str = "auto", temperatur
         ConfigError: If the device cannot be used, or the model names no classes.
     """
     path = Path(model)
-    if temperature is not None and temperature <= 0:
-        raise ConfigError(f"Expected a temperature above 0, found {temperature}.")
+    if temperature is not None and not (math.isfinite(temperature) and temperature > 0):
+        raise ConfigError(f"Expected a finite temperature above 0, found {temperature}.")
     if path.suffix == ".pt2":
         raise CheckpointError(
             f"{path} is a torch.export archive, and loading one runs pickled code: load it yourself with torch.export.load if "
@@ -147,6 +151,11 @@ def open_trained(model: str | os.PathLike[str], device: str = "auto", temperatur
     if (path / "config.json").is_file():
         return _open_timm(path, _device(device), temperature)
     return _open_checkpoint(find_checkpoint(os.fspath(model), Path("runs")), _device(device), temperature)
+
+
+def probabilities_of(logits: Tensor, temperature: float) -> Tensor:
+    """Return the probabilities (N, C) that logits (N, C) stand for."""
+    return (logits.float() / temperature).softmax(1)
 
 
 def load_model(checkpoint: str | os.PathLike[str]) -> FinetuneModule:
@@ -163,6 +172,7 @@ def load_model(checkpoint: str | os.PathLike[str]) -> FinetuneModule:
 
 
 def _load(path: Path, content: Mapping[str, Any]) -> FinetuneModule:
+    require_finite(content["state_dict"], str(path))
     class_path = content[checkpoints.KEY]["class_path"]
     own = class_path == f"{FinetuneModule.__module__}.{FinetuneModule.__qualname__}"
     with guarding():
@@ -211,6 +221,16 @@ def class_names(module: FinetuneModule) -> tuple[str, ...]:
     return tuple(module.class_names or (str(index) for index in range(module.hparams["num_classes"])))
 
 
+def describe_trained(trained: Trained) -> str:
+    """Return the line that says which model a command took, and what it can name: `last` alone says neither."""
+    names, more = [shown(name) for name in trained.classes[:_MOST_NAMED]], len(trained.classes) - _MOST_NAMED
+    listed = ", ".join(names) + (f" and {more} more" if more > 0 else "")
+    run = run_of(trained.path)
+    best = run is not None and trained.path.name == LAST and (run / CHECKPOINTS / "best.ckpt").is_file()
+    other = f"; this is the last epoch, and {as_typed(run)} means the best" if run is not None and best else ""
+    return f"model  {shown(as_typed(trained.path))} ({len(trained.classes)} classes: {listed}{other})"
+
+
 def facts(trained: Trained) -> str:
     """Return what an export has to say of itself beside its weights, as JSON."""
     own = {"classes": list(trained.classes), "input": asdict(trained.input_spec), "temperature": trained.temperature}
@@ -228,8 +248,7 @@ def _open_checkpoint(path: Path, device: torch.device, temperature: float | None
     heat = stored_temperature(path, int(content["global_step"])) if temperature is None else temperature
 
     def probabilities(images: Tensor) -> Tensor:
-        logits: Tensor = module(images.to(device))
-        return (logits.float() / heat).softmax(1)
+        return probabilities_of(module(images.to(device)), heat)
 
     def features(images: Tensor) -> Tensor:
         found: Tensor = module.features(images.to(device))
@@ -255,6 +274,7 @@ def _open_onnx(path: Path, device: torch.device, temperature: float | None) -> T
     except ValueError as error:  # bytes that are no text
         raise CheckpointError(f"{path} has metadata that are no text: it is damaged. Export it again.") from error
     own = _own_facts(metadata.get(ONNX_KEY), path)
+    own.temperature = finite_temperature(own.temperature, str(path))
     _refuse_other_temperature(own.temperature, temperature, path)
     outputs = {output.name: output.shape for output in session.get_outputs()}
     if [one.name for one in session.get_inputs()] != ["images"] or "probabilities" not in outputs:
@@ -281,12 +301,16 @@ def _open_timm(path: Path, device: torch.device, temperature: float | None) -> T
         raise CheckpointError(f"{path} names the architecture '{config.architecture}', which timm does not have. {advice}")
     try:
         model: Any = timm.create_model(f"local-dir:{path}", pretrained=True).to(device).eval()
+        require_finite(model.state_dict(), str(path))
         spec = own.input or InputSpec.from_plain(asdict(input_spec_of(model)))
         _run_once(model, spec.size, device)
+    except FinetuneError:
+        raise
     except Exception as error:  # what a wrong argument or damaged weights raise differs by architecture
         reason = shown(str(error).partition("\n")[0])[:200]
         raise CheckpointError(f"{path} cannot be read as a timm model: {reason}. {advice}") from error
-    heat = own.temperature if temperature is None else temperature
+    inside = finite_temperature(own.temperature, f"{path / 'config.json'}")
+    heat = inside if temperature is None else temperature
     names = config.label_names or [str(index) for index in range(model.num_classes)]
     _require_as_many(names, model.num_classes, path)
     mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (spec.mean, spec.std))
@@ -299,7 +323,7 @@ def _open_timm(path: Path, device: torch.device, temperature: float | None) -> T
         return found.flatten(1)
 
     network: nn.Module = model.to(memory_format=torch.channels_last)
-    return Trained(path, tuple(names), spec, heat, lambda images: (network(normalise(images)) / heat).softmax(1), features)
+    return Trained(path, tuple(names), spec, heat, lambda images: probabilities_of(network(normalise(images)), heat), features)
 
 
 def _run_once(network: nn.Module, size: int, device: torch.device) -> None:

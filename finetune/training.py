@@ -10,7 +10,7 @@ import lightning as L
 from finetune.arguments import resolve
 from finetune.closing import say
 from finetune.defaults import trainer_defaults
-from finetune.parser import Parser, own_errors
+from finetune.parser import Parser, called_as, own_errors
 from finetune.recipe_choice import choose_recipe
 from finetune.repeats import Repeated, repeat
 from finetune.stopping import code_of
@@ -42,7 +42,7 @@ def run(words: list[str], called: str | None = None, cli: type[FinetuneCLI] | No
     asked, words = words, _with_default_classes(resolve(words))
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)  # devices found, tips, where checkpoints were loaded from
-    with warnings.catch_warnings(), own_errors(), guarded_parser():
+    with warnings.catch_warnings(), own_errors(), guarded_parser(), called_as(called or words[0]):
         for message in _EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
         try:

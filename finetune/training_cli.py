@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,15 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from finetune import checkpoints, hardware, progress, slurm
 from finetune.averaging import kind_of_average, refuse_other_average
 from finetune.closing import close_run, metric_table, say
 from finetune.defaults import RunOptions
 from finetune.errors import CheckpointError, ConfigError, FinetuneError
+from finetune.finite import require_finite
+from finetune.launchers import settle_processes
 from finetune.library_errors import explained
 from finetune.module import FinetuneModule
 from finetune.parser import instantiate
@@ -28,8 +30,10 @@ from finetune.resuming import compare_data, compare_run, progress_text, resolve_
 from finetune.resuming import progress as progress_of
 from finetune.room import is_full, unwritable
 from finetune.run_callbacks import RunCallbacks
+from finetune.run_split import split_in
 from finetune.runs import CONFIG, RESUMED_CONFIG, AtomicCheckpointIO, as_typed, new_run, only_here, run_of
 from finetune.sample import BUILT_IN
+from finetune.split_data import SplitDataModule
 from finetune.stopping import code_of, how_to_go_on, stop_signal
 from finetune.strategies import choose_strategy, processes_of
 from finetune.tracking import build_trackers, closing_if_it_fails, conclude, flat_options, parse_names
@@ -153,7 +157,9 @@ class FinetuneCLI(LightningCLI):
                 f"{checkpoint} holds weights, but no state of a training ({', '.join(lacking)}). Start from its weights: "
                 f"--model.weights {checkpoint}"
             )
+        require_finite(inside["state_dict"], as_typed(checkpoint))
         self.done_steps, done = int(inside["global_step"]), progress_of(inside)[0]
+        self.done_epochs = done
         self.average = kind_of_average(inside)
         self.stored = {key: inside.get(key) for key in ("hyper_parameters", "datamodule_hyper_parameters", checkpoints.KEY)}
         if self.subcommand == "fit":
@@ -167,9 +173,16 @@ class FinetuneCLI(LightningCLI):
         """Let the saved configuration say what was given, not what a resumed run made of it."""
         if self.resumes is not None and isinstance(self.model, FinetuneModule):
             checkpoints.require_own(self.stored, self.resumes)
+            self._take_split(self.resumes)
             self.model.expect(checkpoints.stamped_input(self.stored))  # the data ask for it before Lightning loads the rest
         if self._given_weights is not None:
             self.config[self.subcommand].model.init_args.weights = self._given_weights
+
+    def _take_split(self, checkpoint: Path) -> None:
+        """Let the data keep to what the run of a checkpoint trained on and held out."""
+        if isinstance(self.datamodule, SplitDataModule):
+            checkpoints.refuse_other_classes(self.stored, self.model)
+            self.datamodule.continue_from(split_in(checkpoint, {**self.stored, "epoch": self.done_epochs - 1}))
 
     def _start_random(self, options: Any, data: Any) -> None:
         """Fall back to random weights, on the built-in data only; nothing random may stay frozen, so nothing can be kept."""
@@ -205,6 +218,8 @@ class FinetuneCLI(LightningCLI):
             refuse_other_average(self.average, options)
         parse_names(options.track)  # before there is a folder
         self._warn_of_emulation(config["precision"])
+        if settled := settle_processes(config):
+            say(settled)
         config["strategy"] = choose_strategy(config["strategy"], self.model, processes_of(config))
         if config["enable_progress_bar"] is None:
             config["enable_progress_bar"] = progress.wanted()
@@ -260,9 +275,9 @@ class FinetuneCLI(LightningCLI):
             facts = checkpoints.run_facts(self.trainer)
             for warning in filter(None, (compare_data(self.stored, self.datamodule), compare_run(self.stored, facts))):
                 say(warning)
+            self._tell_changes()
         if self.kept is not None:
             self.kept.tracking.config = flat_options(self.config[self.subcommand].as_dict(), self.model)
-        self._began = time.perf_counter()
         try:
             here = self.run_folder if self.trainer.is_global_zero else None
             with only_here(here), closing_if_it_fails(self.trainer.loggers):
@@ -300,17 +315,36 @@ class FinetuneCLI(LightningCLI):
             return
         with closing_if_it_fails(self.trainer.loggers):
             if self.kept.best is not None:
-                close_run(self.run_folder, self.trainer, self.kept.best, self.kept.epochs, time.perf_counter() - self._began)
+                close_run(self.run_folder, self.trainer, self.kept.best, self.kept.epochs)
             if self.trainer.is_global_zero:
                 conclude(self.trainer.loggers, self.run_folder, read_record(self.run_folder), self.trainer.global_step)
 
+    def _tell_changes(self) -> None:
+        if isinstance(self.datamodule, SplitDataModule):
+            self.datamodule.split_images()  # which are compared with those of the run
+            if self.trainer.is_global_zero:
+                self.datamodule.tell_changes()
+
     def validate(self, **kwargs: Any) -> None:
         """Validate and print the metrics."""
+        self._require_loader("val_dataloader", "validation")
+        self._tell_changes()
         say(metric_table(self.trainer.validate(**{**kwargs, "verbose": False})))
 
     def test(self, **kwargs: Any) -> None:
         """Test and print the metrics."""
+        self._require_loader("test_dataloader", "test")
+        self._tell_changes()
         say(metric_table(self.trainer.test(**{**kwargs, "verbose": False})))
+
+    def _require_loader(self, name: str, purpose: str) -> None:
+        """Refuse to measure where the data module has nothing for it, which Lightning would answer with a traceback."""
+        if not is_overridden(name, self.datamodule, L.LightningDataModule):
+            kind = type(self.datamodule).__name__
+            raise ConfigError(
+                f"The data module {kind} defines no {name}, so there are no images for the {purpose}. Measure on a labelled "
+                f"folder: resnet-finetune evaluate {as_typed(self.resumes) if self.resumes else 'RUN'} FOLDER"
+            )
 
 
 def _refuse_no_training(options: Mapping[str, Any]) -> None:

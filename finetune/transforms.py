@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
 from finetune.errors import ConfigError, did_you_mean
+from finetune.images import FULL
 from finetune.schema import convert
 
 Augmentation = Literal["none", "light", "medium", "strong"]
@@ -37,6 +38,7 @@ class InputSpec:
         std: Standard deviation per colour.
         interpolation: How pictures are resized.
         crop: Share of the shorter side that evaluation keeps: it resizes that side to `size / crop` and cuts out the centre.
+        white: The value of 16-bit grey that is white, see `images.read_image`.
 
     >>> InputSpec.default().size
     224
@@ -47,12 +49,15 @@ class InputSpec:
     std: tuple[Scale, Scale, Scale]
     interpolation: Literal["bilinear", "bicubic"]
     crop: float
+    white: int = FULL
 
     def __post_init__(self) -> None:
         if self.size < 1:
             raise ConfigError(f"Expected an input size of at least 1 pixel, found {self.size}.")
         if not 0 < self.crop <= 1:
             raise ConfigError(f"Expected a crop above 0 and up to 1 (the share of the shorter side), found {self.crop}.")
+        if not 1 <= self.white <= FULL:
+            raise ConfigError(f"Expected a white value between 1 and {FULL}, found {self.white}.")
         if self.interpolation not in ("bilinear", "bicubic"):
             raise ConfigError(f"Expected the interpolation 'bilinear' or 'bicubic', found '{self.interpolation}'.")
 

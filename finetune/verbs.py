@@ -142,7 +142,7 @@ def _check(words: Sequence[str]) -> None:
 def _evaluate(words: Sequence[str]) -> None:
     parser = _Parser(
         prog="resnet-finetune evaluate",
-        description="Measure a model on labelled pictures: metrics with 95 %% intervals, per class, confusion, calibration, "
+        description="Measure a model on labelled pictures: metrics with 95 % intervals, per class, confusion, calibration, "
         "and accuracy where it is confident.",
         allow_abbrev=False,
     )
@@ -175,7 +175,7 @@ def _explain(words: Sequence[str]) -> None:
     parser.add_argument("--mistakes", action="store_true", help="explain the run's worst mistakes instead of named pictures")
     parser.add_argument("--stage", help="the stage to look at (default: the last one; see: resnet-finetune stages BACKBONE)")
     parser.add_argument("--label", help="the class to look for (default: the one that is predicted)")
-    parser.add_argument("--neighbours", type=int, default=4, help="training pictures beside each (default: 4)")
+    parser.add_argument("--neighbours", type=int, help="training images beside each (default: 4, none if they are gone)")
     parser.add_argument("--among", metavar="FOLDER", help="where to look for them (default: the run's training pictures)")
     parser.add_argument("--most", type=int, default=40, help="at most so many pictures (default: 40)")
     parser.add_argument("--out", default="explained", help="the folder to write into (default: explained)")

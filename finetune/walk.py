@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from finetune.errors import DataError, did_you_mean
-from finetune.images import IMAGE_SUFFIXES
+from finetune.images import IMAGE_SUFFIXES, UNREAD_SUFFIXES
 
 UNREADABLE = "unreadable folder"
+UNREAD = "in a format that is not read"
 _HIDDEN = frozenset({"__MACOSX", "@eaDir"})  # what archives of macOS and disks on the network leave behind
 
 
@@ -59,11 +60,12 @@ class Pictures:
             DataError: If a place does not exist or there is no picture at all.
         """
         number = sum(1 for _ in self)
+        if not number and not self.places and self.listed is None:
+            raise DataError("No images were named. Expected a folder, files, or a pattern such as 'new/*.jpg'.")
         if not number:
             places = [*map(str, self.places), *([self.listed] if self.listed is not None else [])]
             raise DataError(
-                f"There is no picture in {', '.join(places) or 'an empty list'}: expected files ending in "
-                f"{', '.join(sorted(IMAGE_SUFFIXES))}."
+                f"There is no picture in {', '.join(places)}: expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}."
             )
         return number
 
@@ -233,8 +235,9 @@ def _kind(entry: os.DirEntry[str]) -> str:
     try:
         if entry.is_dir():
             return "folder"
-        if os.path.splitext(entry.name)[1].lower() not in IMAGE_SUFFIXES:
-            return "not a picture"
+        ending = os.path.splitext(entry.name)[1].lower()
+        if ending not in IMAGE_SUFFIXES:
+            return f"{UNREAD} ({ending})" if ending in UNREAD_SUFFIXES else "not a picture"
         if entry.is_file():
             return "picture"
         return "broken link" if entry.is_symlink() else "special file"  # a pipe or a device, which reading may wait for

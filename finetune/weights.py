@@ -23,6 +23,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from finetune.errors import WeightsError
+from finetune.finite import require_finite
 from finetune.stages import HEAD, Stage
 from finetune.weight_files import OPTION, sha256_of
 from finetune.weight_report import Report, grouped
@@ -83,6 +84,7 @@ def load_weights(
     match.unused = [name for name in match.unused if name not in in_file]
     if not match.use or (not partial and (match.missing or match.unused)):
         raise WeightsError(_refusal(match, found, wanted, f"'{opened.location}'", backbone_name))
+    require_finite({**match.use, **new_head}, f"'{opened.location}'", WeightsError)
     keep_head = bool(new_head) and opened.same_classes
     backbone.load_state_dict(match.use, strict=False)
     if keep_head:

@@ -436,6 +436,37 @@ def test_what_the_best_checkpoint_says_of_both_domains_is_kept(run, domains):
         np.testing.assert_allclose(outcome.probabilities, Predictor(run).probabilities(outcome.files), atol=1e-4)
 
 
+def test_target_images_that_are_trained_with_their_labels_count_in_no_accuracy(domains, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    places = ["--data.root", str(domains / "source"), "--data.target", str(domains / "target"), "--data.target_shots", "2"]
+    main([*FIT, *places, "--trainer.max_epochs", "1"])
+    (run,) = Path("runs/domain_adaptation").iterdir()
+    data = data_of(domains, target_shots=2)
+    trained = {str(data.files("target")[place]) for place in data.labelled_target}
+    assert len(trained) == 6
+    outcome = finetune.outcomes.read_outcome(run / "predictions.target.csv")
+    assert set(outcome.files) == {str(path) for path in data.files("target")} - trained
+    (measured,) = (float(row["oracle/target_acc"]) for row in rows(run) if row["oracle/target_acc"])
+    assert measured == pytest.approx((outcome.predicted == outcome.labels).mean())
+    assert "The labels of 6 target images were trained with" in (run / "report.html").read_text()
+
+
+def test_a_validator_of_ones_own_can_choose_the_checkpoint(domains):
+    class Watched(AdaptModule):
+        def target_validators(self, logits):
+            best = logits.softmax(1).topk(2).values
+            return {**super().target_validators(logits), "margin": (best[:, 0] - best[:, 1]).mean()}
+
+    best = ModelCheckpoint(monitor="target/margin", mode="max")
+    trainer = L.Trainer(**{**QUIET, "enable_checkpointing": True}, max_epochs=1, callbacks=[best])
+    model, data = Watched(**TINY, adaptation="MCC"), data_of(domains)
+    trainer.fit(model, data)
+    with torch.no_grad():
+        shares = torch.cat([model.eval()(batch["target"]["image"]) for batch in data.target_loader("train")]).softmax(1).numpy()
+    first, second = np.sort(shares, 1)[:, -1], np.sort(shares, 1)[:, -2]
+    assert float(best.best_model_score) == pytest.approx(float((first - second).mean()), abs=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize(("method", "precision"), [("DANN", "32-true"), ("DANN", "bf16-true"), ("AdaBN", "32-true")])
 def test_a_resumed_run_comes_to_the_same_weights(domains, tmp_path, method, precision):

@@ -213,8 +213,45 @@ def test_a_broken_picture_of_either_domain_is_named_before_training(domains):
         options = {"weights": "none", "num_classes": data.num_classes}
         with pytest.raises(DataError, match=f"1 of .* pictures of .*{name} cannot be read: .*Replace or remove them") as caught:
             trainer.fit(AdaptModule(backbone="test_resnet", adaptation="MCC", **options), data)
-        assert "on_error" not in str(caught.value), "which this data module does not have"
+        assert "--data.on_error skip" in str(caught.value)
         broken.write_bytes(kept)
+
+
+def test_broken_images_of_either_domain_are_left_out_by_choice(domains, capsys):
+    broken = [min((domains / name).rglob("*.png")) for name in ("photo", "sketch")]
+    for path in broken:
+        path.write_bytes(b"no image")
+    data = module(domains, on_error="skip", max_errors=0.1, shots=2, fraction=1.0)
+    data.setup("fit")
+    said = capsys.readouterr().out
+    assert all(f"{path.relative_to(path.parents[1])} (" in said for path in broken)
+    used = {*data.files("train"), *data.files("val"), *data.files("target")}
+    assert not used & set(broken)
+    assert len(data.target.splits["train"]) == 9
+    assert Counter(data.labels("train")) == {0: 2, 1: 2, 2: 2}
+    assert len(batches(data)) == data.steps
+    with pytest.raises(DataError, match=r"1 of 10 pictures of .*sketch cannot be used, more than data\.max_errors allows"):
+        _ = module(domains, on_error="skip", max_errors=0.05).target
+
+
+def test_classes_of_the_source_are_shown_equally_often(domains):
+    for number in range(3, 9):
+        (domains / "photo" / "owl" / f"{number}.png").unlink()
+    options = {"batch_size": 2, "augment": "light", "image_size": 32}  # an epoch is all 14 images of the source
+    balanced = batches(module(domains, sampling="balanced", steps_per_epoch=7, **options))
+    seen = Counter(label for batch in balanced for label in batch["label"].tolist())
+    assert max(seen.values()) - min(seen.values()) <= 1
+    owls = [image for batch in balanced for image, label in zip(batch["image"], batch["label"], strict=True) if label == 2]
+    assert len(owls) > 2  # of two images
+    plain, decoded = (batches(module(domains, decoded=kept)) for kept in (None, 8))
+    for one, other in zip(plain, decoded, strict=True):  # images of 8 pixels stay what they are
+        assert torch.equal(one["image"], other["image"])
+        assert torch.equal(one["target"]["image"], other["target"]["image"])
+
+
+def test_folds_of_the_source_hold_out_each_image_once(domains):
+    held = [file for fold in (1, 2, 3) for file in module(domains, folds=3, fold=fold).files("val")]
+    assert sorted(held) == sorted((domains / "photo").rglob("*.png"))
 
 
 def test_grey_pictures_become_rgb(domains):

@@ -122,3 +122,36 @@ def test_a_broken_configuration_is_named_with_its_line(tmp_path, text, says):
     path.write_bytes(text)
     with pytest.raises(ConfigError, match=says):
         resolve(["fit", "--config", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            "trainer: 5",
+            "mine.yaml: the section 'trainer' holds int '5', expected options, such as 'trainer: {max_epochs: 10}'.",
+        ),
+        ("trainer: [max_epochs, 5]", "the section 'trainer' holds list"),
+        ("model: 5", "the section 'model' holds int '5'"),
+        ("model:", "the section 'model' holds nothing"),
+        ("data: []", "the section 'data' holds list '[]'"),
+        ("run: x", "the section 'run' holds str 'x'"),
+        ("run: false", "the section 'run' holds bool 'False'"),
+        ("fit:\n  trainer: 5", "the section 'fit.trainer' holds int '5'"),
+    ],
+)
+def test_a_section_without_options_is_named(text, says):
+    Path("mine.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        resolve(["fit", "--config", "mine.yaml"])
+    assert says in str(caught.value)
+    Path(OLD, "config.yaml").write_text(text)  # that of a run is checked as well
+    with pytest.raises(ConfigError):
+        resolve(["fit", "--ckpt_path", OLD])
+
+
+@pytest.mark.parametrize("text", ["trainer:", "run: null", "model: my.Module", "data: {batch_size: 3}", "run: part.yaml", ""])
+def test_sections_that_are_fine(text):
+    Path("mine.yaml").write_text(text)
+    Path("part.yaml").touch()
+    assert resolve(["fit", "--config", "mine.yaml"])[1:3] == ["--config", "mine.yaml"]

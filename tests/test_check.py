@@ -148,7 +148,7 @@ def test_an_interrupted_check_goes_on(damage, tmp_path):
     for _ in range(20):
         next(looks)
     looks.close()
-    with examined._Memory(tmp_path) as memory:
+    with examined.Memory(tmp_path) as memory:
         assert [memory.recall(tmp_path, file, True) is not None for file in files] == [True] * 20 + [False] * 25
 
 

@@ -45,6 +45,24 @@ def test_what_differs_and_whose_value_is_best(two, tmp_path, read_page):
     assert "small/1" in " ".join(page.text)
 
 
+def test_of_adaptations_the_target_comes_first_and_the_source_has_no_star(two, tmp_path, read_page):
+    for run, target in zip(two, (0.4, 0.6), strict=True):
+        lines = (run / "metrics.csv").read_text().splitlines()
+        rows = [f"{lines[0]},oracle/target_acc,target/infomax"]
+        rows += [f"{line},{target if 'val' else ''},1.5" if line.split(",")[1] else f"{line},," for line in lines[1:]]
+        (run / "metrics.csv").write_text("\n".join(rows) + "\n")
+    path = compare(two, tmp_path / "out.html")
+    rows = rows_of(read_page(path))
+    assert rows["oracle/target_acc"] == ["0.4000", "0.6000"]
+    assert rows["target/infomax"] == ["1.5000", "1.5000"]
+    assert list(rows).index("oracle/target_acc") < list(rows).index("target/infomax") < list(rows).index("val/acc")
+    text = path.read_text()
+    cells = {m: text.split(f'<th scope="row">{m}</th>')[1].split("</tr>")[0].split("<td")[1:] for m in rows if "/" in m}
+    assert ["best" in cell for cell in cells["oracle/target_acc"]] == [False, True]
+    assert not any("best" in cell for name in ("val/acc", "test/acc") for cell in cells[name])
+    assert "what was measured there comes first" in text
+
+
 @pytest.mark.parametrize(("metric", "best"), [("val/acc", 0), ("val/loss", 0), ("test/acc", 1), ("time", 1)])
 def test_the_best_is_marked_also_where_less_is_better(two, tmp_path, metric, best):
     text = compare(two, tmp_path / "out.html").read_text()

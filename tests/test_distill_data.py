@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from finetune import DistillDataModule
+from finetune.run_split import RunSplit
+from finetune.split_changes import first_table
 from finetune.transforms import InputSpec
 
 
@@ -139,3 +142,18 @@ def test_features_that_hardly_ever_stir_are_not_blown_up(tmp_path, monkeypatch):
     np.testing.assert_allclose(mean, rows.astype(np.float32).mean(0)[:, 0, 0], rtol=1e-5)
     np.testing.assert_allclose(std[[0, 1, 2, 4, 5]], exact[[0, 1, 2, 4, 5]], rtol=1e-5)
     assert float(std[3]) == pytest.approx(float(np.sort(exact)[2]) / 10, rel=1e-5)
+
+
+def test_what_is_held_out_stays_so_when_pictures_are_deleted(tmp_path):
+    for number in range(40):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    options = {"teacher": "test_resnet", "teacher_weights": "none", "val_fraction": 0.2, "workers": 0}
+    before = DistillDataModule(str(tmp_path), **options)
+    table = first_table(before.split_images())
+    gone, *kept = (picture.file for picture in before.files["val"])
+    Path(gone).unlink()
+    after = DistillDataModule(str(tmp_path), **options)
+    after.continue_from(RunSplit(tmp_path / "checkpoints/last.ckpt", table, table.digest))
+    assert [picture.file for picture in after.files["val"]] == kept
+    assert after.files["train"] == before.files["train"]
+    assert [(change.kind, change.file) for change in after.changes] == [("removed", gone)]

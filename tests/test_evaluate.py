@@ -126,7 +126,7 @@ def test_which_pictures_are_meant():
     Path("hollow/bee").mkdir(parents=True)
     with pytest.raises(DataError, match="holds no picture of a class of the model"):
         pictures_in("hollow", CLASSES)
-    with pytest.raises(DataError, match="are not here: name a folder"):
+    with pytest.raises(DataError, match=r"does not say which folder its images were in\. Name a folder with its classes"):
         own_pictures(Path(RUN, "checkpoints", "best.ckpt"), CLASSES)
 
 

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from finetune import ConfigError, DataError, FinetuneModule
-from finetune.explain import draw_mistakes, explain, grad_cam, nearest
+from finetune.explain import _draw, _Row, draw_mistakes, explain, nearest, see
+from finetune.grad_cam import grad_cam
 from finetune.labelled import pictures_in
 from finetune.main import main
 from finetune.outcomes import Outcome, write_outcome
@@ -106,7 +107,9 @@ def test_pages_have_a_row_per_picture(capsys):
     for number in range(6):
         shutil.copy("new/a.bmp", f"many/${number}.bmp")
     main(["explain", RUN, "many", "--among", "labelled", "--neighbours", "2", "--out", "pages"])
-    assert capsys.readouterr().out == "11 pictures: pages/explained-01.png, pages/explained-02.png\n"
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("model  runs/mine/1/checkpoints/best.ckpt (4 classes: bee,")
+    assert said[1:] == ["11 pictures: pages/explained-01.png, pages/explained-02.png"]
     with Image.open("pages/explained-01.png") as first, Image.open("pages/explained-02.png") as second:
         assert first.width == second.width
         assert first.height / second.height == pytest.approx(8 / 3, rel=0.01)
@@ -137,6 +140,33 @@ def test_the_worst_mistakes_of_a_run():
 
 
 @pytest.mark.usefixtures("labelled")
+def test_a_page_says_what_predict_says_and_shows_what_the_network_saw(capsys):
+    predictor, said = Predictor(RUN), Predictor(RUN)(PICTURES)
+    known = {PICTURES[0]: _Row("bee", said[0].labels[0]), PICTURES[1]: _Row("bee", "fly")}
+    figure = _draw(predictor, see(predictor, PICTURES), None, 0, known, "wasp")
+    titles = [axis.get_title() for axis in figure.axes[1::2]]
+    assert [title.splitlines()[0] for title in titles] == [f"{each.labels[0]} {each.probabilities[0]:.0%}" for each in said]
+    assert titles[0].splitlines()[1] == "is bee"
+    assert ("(was fly)" in titles[1]) == (said[1].labels[0] != "fly")
+    assert all(("map: wasp" in title) == (each.labels[0] != "wasp") for title, each in zip(titles, said, strict=True))
+    for axis, image in zip(figure.axes[::2], images_of(predictor), strict=True):
+        assert np.array_equal(axis.images[0].get_array(), image.permute(1, 2, 0).numpy())
+
+
+@pytest.mark.usefixtures("labelled")
+def test_a_table_of_another_checkpoint_is_noted(capsys):
+    other = [CLASSES.index(each.labels[0]) for each in Predictor(RUN)(PICTURES)]
+    wrong = np.eye(4)[[(number + 1) % 4 for number in other]] * 0.8 + 0.05
+    write_outcome(Outcome(PICTURES, np.array([(n + 2) % 4 for n in other]), wrong, CLASSES), Path(RUN, "predictions.val.csv"))
+    explain(RUN, mistakes=True, neighbours=0)
+    assert "note: for 3 of the 3 images the model says something else" in capsys.readouterr().out
+    right = np.eye(4)[other] * 0.8 + 0.05
+    write_outcome(Outcome(PICTURES, np.array([(n + 2) % 4 for n in other]), right, CLASSES), Path(RUN, "predictions.val.csv"))
+    explain(RUN, mistakes=True, neighbours=0, overwrite=True)
+    assert "note" not in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("labelled")
 def test_mistakes_of_the_user():
     for options, says in (
         ({"label": "wesp"}, r"Unknown class 'wesp'. Did you mean 'wasp'\?"),
@@ -145,6 +175,6 @@ def test_mistakes_of_the_user():
     ):
         with pytest.raises(ConfigError, match=says):
             explain(RUN, PICTURES, **{"neighbours": 0, **options})
-    with pytest.raises(DataError, match="are not here: name a folder with --among"):
-        explain(RUN, PICTURES)
+    with pytest.raises(DataError, match=r"does not say which folder its images were in\. Name a labelled folder .* --among"):
+        explain(RUN, PICTURES, neighbours=4)
     assert not Path("explained").exists()

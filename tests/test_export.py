@@ -1,6 +1,7 @@
 """Exports against the checkpoint, run by onnxruntime, torch and timm alone; nothing counts as written before it is compared."""
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from conftest import save, scrambled
 
-from finetune import CheckpointError, ConfigError
+from finetune import CheckpointError, ConfigError, FinetuneModule
+from finetune.averaging import WiseFT
 from finetune.export import Comparison, export
 from finetune.images import read_image
 from finetune.main import main
@@ -62,6 +65,22 @@ def test_onnx_holds_all_that_it_takes(world, capsys):
 
 
 @pytest.mark.usefixtures("world")
+@pytest.mark.usefixtures("world")
+def test_the_example_of_the_card_reads_an_image_as_predict_does(capsys):
+    main(["export", RUN, "--pictures", "new"])
+    card = Path(RUN, "export", "onnx", "README.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    example = example.replace("model.onnx", f"{RUN}/export/onnx/model.onnx")
+    predictor = Predictor(RUN)
+    for file in FILES:
+        capsys.readouterr()
+        exec(compile(example.replace("image.jpg", file), "card", "exec"), {})
+        label, probability = capsys.readouterr().out.rsplit(maxsplit=1)
+        expected = predictor([file])[0]
+        assert label == expected.labels[0]
+        assert float(probability) == pytest.approx(expected.probabilities[0], abs=0.02)  # Pillow rounds between the two passes
+
+
 def test_torch_export_runs_without_this_package():
     folder = export(RUN, "torch_export", out="exported", pictures=["new"])
     assert folder == Path("exported")
@@ -162,6 +181,33 @@ def test_the_card_says_where_it_is_from_and_names_cannot_forge_it(own_class):
     assert "<script>" not in card
     assert "\n# c" not in card
     assert "\\[d\\](e), f\\|g" in card
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize(
+    ("options", "rates"),
+    [
+        ({"lr": 2e-5, "lr_scale": 10.0}, "adamw, rate 2e-05, factor of all stages before the head 10"),
+        ({"lr_scale": {"stem": 0.1}, "lr_decay": 0.5}, "adamw, rate 0.01, decay per stage 0.5, factor of stem 0.1"),
+        ({"lr_decay": 0.38}, "adamw, rate 0.01, decay per stage 0.38"),
+    ],
+)
+def test_the_card_says_how_the_head_began_which_rates_and_which_average(options, rates):
+    names = ["a", "b"]
+    model = FinetuneModule(
+        "test_resnet", num_classes=2, class_names=names, weights="none", optimizer="adamw", head_init="ridge", **options
+    )
+    save(scrambled(model), Path("one.ckpt"))
+    content = torch.load("one.ckpt", weights_only=True)
+    average = WiseFT(0.7)
+    content |= {"averaging_state": {}, "callbacks": {average.state_key: average.state_dict()}}
+    torch.save(content, "one.ckpt")
+    export("one.ckpt", "timm", out="exported", pictures=["new"])
+    card = Path("exported", "README.md").read_text().splitlines()
+    rows = [line.strip("|").split("|") for line in card if line.startswith("| ") and line.count("|") == 3]
+    found = {name.strip(): text.strip() for name, text in rows}
+    assert found["optimizer"].replace("\\", "") == rates
+    assert (found["head before training"], found["average of weights"].replace("\\", "")) == ("ridge", "wise_ft 0.7")
 
 
 def test_a_comparison_in_words():

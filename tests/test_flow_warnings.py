@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from finetune.flow_warnings import EXPLODING, LASTING, TOO_FAR, VANISHING, FlowWarnings, why_it_rests
+from finetune.flow_warnings import EXPLODING, LASTING, TOO_FAR, VANISHING, FlowWarnings, Rate, why_it_rests
 from finetune.stage_flow import Flow
 
 
@@ -35,6 +35,55 @@ def test_limits(stem, word):
     texts = said(FlowWarnings(), times=LASTING, stem=flow(**stem), layer1=flow(), head=flow())
     assert [word in text for text in texts] == ([True] if word else [])
     assert all("stem" in text and "layer1" not in text for text in texts)
+
+
+def test_the_rate_is_named_and_what_to_type():
+    """With Adam the ratio is in proportion to the rate: a hundredth of the norm, at the highest rate, is the most it may be."""
+    flows = {"stem": flow(update_ratio=0.5), "layer1": flow(update_ratio=0.05), "head": flow(update_ratio=0.003)}
+    rates = {"stem": Rate(0.2, 0.2), "layer1": Rate(0.2, 0.2), "head": Rate(0.02, 0.02)}
+    (text,) = FlowWarnings(lr=0.02).judge(0, flows, rates)
+    assert "stem by 0.5 times (learning rate 0.2) their own norm" in text
+    assert "layer1" not in text
+    assert "--model.lr 2e-04 (it is 0.02" in text  # 0.02 * 0.01 / 0.5 = 4e-4
+    assert "resnet-finetune lr-find" in text
+    warming_up = {"stem": Rate(0.02, 0.2)}  # at the peak it would be 5 times the norm: 0.02 * 0.01 / 5 = 4e-5
+    assert "--model.lr 2e-05" in FlowWarnings(lr=0.02).judge(0, flows, warming_up)[0]
+    assert "lower --model.lr" in FlowWarnings().judge(0, flows, rates)[0]  # the rate is not known
+
+
+def test_what_starts_from_random_values_may_move_by_its_own_norm_at_first():
+    warnings = FlowWarnings(lr=1e-3, new={"stem", "head"})
+    assert not warnings.judge(0, {"stem": flow(update_ratio=0.5), "head": flow()})
+    warnings = FlowWarnings(lr=1e-3)
+    for step, ratio in enumerate([None, 1.0, 0.5, 0.33, 0.25]):  # from zero, with Adam
+        assert not warnings.judge(step, {"stem": flow(), "head": flow(update_ratio=ratio)})
+    assert warnings.judge(516, {"stem": flow(), "head": flow(update_ratio=0.2)}, {}, since=4) == []  # a phase of its own
+    assert "head by 0.2 times" in warnings.judge(516, {"stem": flow(), "head": flow(update_ratio=0.2)}, {}, since=516)[0]
+
+
+@pytest.mark.parametrize(
+    ("loss", "classes", "told"),
+    [
+        (6.8, 10, False),  # 3 * ln 10 = 6.9
+        (7.0, 10, True),
+        (5.6e7, 10, True),
+        (3.2, 2, False),  # of two classes 3 * ln 3 = 3.3
+        (3.4, 2, True),
+        (float("nan"), 10, False),  # which stops the run
+    ],
+)
+def test_a_loss_far_above_that_of_guessing(loss, classes, told):
+    warnings = FlowWarnings(lr=0.02)
+    texts = warnings.judge_loss(1, loss, classes)
+    assert len(texts) == told
+    assert all(f"guessing among {classes} classes" in text and "--model.lr 2e-03" in text for text in texts)
+    assert not warnings.judge_loss(2, loss, classes)
+
+
+def test_the_rate_that_was_suggested_by_the_update_is_suggested_for_the_loss():
+    warnings = FlowWarnings(lr=0.02)
+    warnings.judge(0, {"stem": flow(update_ratio=0.5)}, {"stem": Rate(0.2, 0.2)})
+    assert "--model.lr 2e-04" in warnings.judge_loss(1, 1e6, 10)[0]
 
 
 def test_small_everywhere_is_the_end_of_a_good_run():

@@ -1,6 +1,5 @@
 """Layouts, splits and mistakes, on folders whose right answer was counted by hand."""
 
-import csv
 import os
 import subprocess
 import sys
@@ -10,7 +9,7 @@ import unicodedata
 import pytest
 
 from finetune.errors import DataError
-from finetune.folders import scan, summary, write_split
+from finetune.folders import scan, summary
 
 
 def touch(root, *files):
@@ -57,6 +56,14 @@ def test_what_is_skipped_is_counted(tmp_path):
     assert folder.counts("train") == [2, 1]
     assert folder.skipped == {"hidden": 4, "not a picture": 3, "broken link": 2, "outside a class folder": 1}
     assert "skipped: 2 broken link, 4 hidden, 3 not a picture, 1 outside a class folder" in summary(folder)
+    touch(tmp_path, "a/1.HEIC", "a/2.heic", "b/raw.dng")
+    said = summary(scan(tmp_path, val_fraction=0))
+    assert said.endswith(
+        "1 in a format that is not read (.dng), 2 in a format that is not read (.heic): convert them to JPEG or PNG."
+    )
+    touch(tmp_path, "c/1.heic")
+    with pytest.raises(DataError, match=r"(?s)'c' holds no picture.* 3 in a format that is not read \(\.heic\): convert them"):
+        scan(tmp_path)
 
 
 def test_links_are_followed_without_loops(tmp_path):
@@ -144,22 +151,6 @@ def test_only_missing_splits_are_drawn(tmp_path):
     folder = scan(tmp_path, val_fraction=0.2, test_fraction=0.5)
     assert folder.drawn == ("val",)
     assert [sum(folder.counts(split)) for split in ("train", "val", "test")] == [16, 4, 6]
-
-
-def test_the_split_is_written_down(tmp_path):
-    counted(tmp_path / "pictures", {"a, b": 4, "c": 4})
-    folder = scan(tmp_path / "pictures", val_fraction=0.25)
-    path = tmp_path / "run" / "split.csv"
-    write_split(folder, path)
-    rows = list(csv.DictReader(path.read_text().splitlines()))
-    assert {(row["file"], row["label"]) for row in rows} == {(f"{c}/{i:03d}.jpg", c) for c in ("a, b", "c") for i in range(4)}
-    assert [row["split"] for row in rows] == ["train"] * 6 + ["val"] * 2
-    os.utime(path, (1, 1))
-    write_split(folder, path)
-    assert path.stat().st_mtime == 1  # the same content is left alone
-    write_split(scan(tmp_path / "pictures", val_fraction=0.5), path)
-    assert path.stat().st_mtime > 1
-    assert os.listdir(path.parent) == ["split.csv"]
 
 
 def test_summary(tmp_path):

@@ -1,6 +1,7 @@
 """Gradient flow through a real Trainer: against plain PyTorch, over a resume, and with what goes wrong in practice."""
 
 import csv
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,9 @@ import finetune
 from finetune import ConfigError, DataError, FinetuneModule, FolderDataModule, GradientFlow
 from finetune.gradient_flow import COLUMNS
 from finetune.main import main
+from finetune.record import RunRecord
+from finetune.report import content
+from finetune.run_files import RunFiles
 
 STAGES = ["stem", "layer1", "layer2", "layer3", "layer4", "head"]
 
@@ -324,6 +328,31 @@ def test_a_stage_that_the_optimizer_does_not_have(tmp_path, capsys):
     (line,) = warned(capsys)
     assert "'stem' should train now, but the optimizer lacks all of its parameters" in line
     assert set(values(tmp_path, "update_ratio")["stem"]) == {0.0}
+
+
+@pytest.mark.usefixtures("bundled")
+def test_a_rate_that_is_too_large_is_named_and_kept_for_the_report(tmp_path, capsys):
+    record = RunRecord(tmp_path)
+    options = {"weights": "bundled", "optimizer": "adamw", "lr": 5.0, "lr_scale": 0.04}
+    trainer(tmp_path, None, callbacks=[record, GradientFlow(tmp_path)], max_epochs=2).fit(module(**options), loader())
+    told = warned(capsys)
+    assert any("(learning rate 0.2)" in line and "start again with --model.lr " in line for line in told)
+    assert any("the training loss of epoch" in line and "among 3 classes has 1.1" in line for line in told)
+    kept = json.loads((tmp_path / "record.json").read_text())["warnings"]
+    assert [f"warning: {text}" for text in kept] == [line for line in told if "random weights" not in line]
+    assert content(RunFiles(tmp_path))["warnings"] == kept
+
+
+def test_a_loss_of_ones_own_is_not_compared_with_guessing(tmp_path, capsys):
+    class Scaled(FinetuneModule):
+        def loss(self, logits, labels):
+            return 100 * super().loss(logits, labels)
+
+    torch.manual_seed(0)
+    model = Scaled("test_resnet", num_classes=3, weights="none", lr=1e-6)
+    assert not model.has_cross_entropy
+    trainer(tmp_path, GradientFlow(tmp_path)).fit(model, loader())
+    assert not any("guessing" in line for line in warned(capsys))
 
 
 def test_an_exploding_learning_rate(tmp_path, capsys):

@@ -6,8 +6,9 @@ import re
 
 import pytest
 
+from finetune.durations import duration
 from finetune.errors import ConfigError
-from finetune.page import TEMPLATES, render, seconds, value_text, write_page
+from finetune.page import TEMPLATES, render, value_text, write_page
 
 EMPTY = {"runs": [], "different": "", "results": [], "figures": {}, "options": [], "classes": []}
 
@@ -38,9 +39,11 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
         write_page(tmp_path / "nowhere" / "page.html", "")
 
 
-@pytest.mark.parametrize(("number", "text"), [(0.4, "0 s"), (59.6, "1 min 0 s"), (3600, "1 h 0 min"), (90_061, "25 h 1 min")])
+@pytest.mark.parametrize(
+    ("number", "text"), [(0.4, "0.4 s"), (59.96, "1 min 0 s"), (3600, "1 h 0 min"), (90_061, "25 h 1 min")]
+)
 def test_lengths_of_time(number, text):
-    assert seconds(number) == text
+    assert duration(number) == text
 
 
 @pytest.mark.parametrize(

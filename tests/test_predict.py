@@ -59,7 +59,9 @@ RUN = "runs/mine/1"
 @pytest.mark.usefixtures("world")
 def test_probabilities_are_those_of_a_forward_pass_by_hand(capsys):
     main(["predict", RUN, "new", "--topk", "9", "--batch_size", "2"])
-    assert capsys.readouterr().out == "5 pictures: predictions.csv\n"
+    assert capsys.readouterr().out == (
+        "model  runs/mine/1/checkpoints/best.ckpt (4 classes: bee, ant, red, wasp, fly)\n5 pictures: predictions.csv\n"
+    )
     found = rows()
     assert [row["file"] for row in found] == [str(Path("new", name)) for name in ORDER]
     columns = ["file", "label", "probability"]
@@ -125,8 +127,11 @@ def test_every_picture_unreadable(capsys):
 @pytest.mark.parametrize(
     ("checkpoint", "kind"), [(RUN, "best"), (f"{RUN}/checkpoints/last.ckpt", "last"), ("last", "last")], ids=str
 )
-def test_which_checkpoint_is_meant(checkpoint, kind):
+def test_which_checkpoint_is_meant(checkpoint, kind, capsys):
     main(["predict", checkpoint, "new"])
+    said = capsys.readouterr().out.splitlines()[0]
+    assert said.startswith(f"model  runs/mine/1/checkpoints/{kind}.ckpt (4 classes: bee, ant, red, wasp, fly")
+    assert ("this is the last epoch, and runs/mine/1 means the best" in said) == (kind == "last")
     labels = {row["label"] for row in rows()}
     assert (labels == {"ant, red"}) == (kind == "last")  # its bias says so whatever the picture
     assert load_model(checkpoint).class_names == CLASSES
@@ -302,7 +307,7 @@ def test_pictures_that_changed_in_between_are_not_mixed_up(capsys):
 
 @pytest.mark.usefixtures("world")
 def test_mistakes_in_python():
-    with pytest.raises(DataError, match="no picture"):
+    with pytest.raises(DataError, match=r"No images were named\. Expected a folder"):
         predict_to_file(RUN, [])
     with pytest.raises(ConfigError, match="cannot be used"):
         predict_to_file(RUN, ["new"], device="cuda:99")

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -58,10 +59,10 @@ def home(tmp_path_factory):
     return home
 
 
-def start(home, name, *words, torchrun=False):
+def start(home, name, *words, torchrun=False, **environment):
     program = [sys.executable, *(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if torchrun else [])]
     start = ["--config", "sgd.yaml", "--data.root", "pictures", "--model.weights", "start.pth", "--run.name", name]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WATCH": str(home / name), "PYTHONUNBUFFERED": "1"}
+    environment |= {**os.environ, "OMP_NUM_THREADS": "1", "WATCH": str(home / name), "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
         [*program, PROGRAM, "fit", *OPTIONS, *start, *words],
         cwd=home,
@@ -92,7 +93,7 @@ def metrics(home, name):
 
 def test_two_processes_equal_one(home):
     finish(start(home, "one", "--data.batch_size", "32"))
-    finish(start(home, "two", "--data.batch_size", "16", "--trainer.devices", "2", torchrun=True))
+    finish(start(home, "two", "--data.batch_size", "16", torchrun=True))  # which says how many there are
     assert len(list(home.glob("runs/two/*"))) == 1  # the first process alone made a folder
 
     ranks = [[json.loads(line) for line in (home / f"two-{rank}").read_text().splitlines()] for rank in (0, 1)]
@@ -112,6 +113,26 @@ def test_two_processes_equal_one(home):
     alone, together = metrics(home, "one"), metrics(home, "two")
     assert [accuracy for accuracy, _ in alone] == [accuracy for accuracy, _ in together]  # 101 pictures do not divide
     assert [loss for _, loss in together] == pytest.approx([loss for _, loss in alone], abs=1e-5)
+
+
+def test_tasks_of_slurm_train_together(home):
+    words = ["--trainer.max_epochs", "1", "--data.batch_size", "16", "--model.freezing", "full"]
+    finish(start(home, "command", "--trainer.devices", "2", *words))
+    shared = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2"}
+    shared |= {"SLURM_NNODES": "1", "SLURM_NODEID": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    tasks = [start(home, "tasks", *words, **shared, SLURM_PROCID=rank, SLURM_LOCALID=rank) for rank in "01"]
+    said = [finish(task) for task in tasks]
+    assert "srun has started 2 processes: trainer.devices 2, trainer.num_nodes 1" in said[0]
+    (run,) = home.glob("runs/tasks/*")
+    assert run.name.startswith("slurm-4711-")
+    one, two = state(home, "command"), state(home, "tasks")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def test_a_signal_to_one_stops_both_with_a_checkpoint(home):

@@ -82,6 +82,7 @@ def test_a_terminal_shows_a_bar_and_the_pipe_gets_lines(tmp_path):
         "best   val/acc",
         "time   ",
         "test/acc",
+        "open   runs/run/",
         "files  runs/run/",
         "next   ",
     ]

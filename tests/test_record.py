@@ -199,6 +199,19 @@ def test_from_python(tmp_path):
     assert len(record["stages"]) == 6
 
 
+def test_from_python_the_folder_is_made(tmp_path):
+    data = FolderDataModule("digits", batch_size=64, workers=0)
+    model = FinetuneModule("test_resnet", num_classes=10, weights="none")
+    options = {"max_epochs": 1, "limit_train_batches": 1, "limit_val_batches": 0, "enable_checkpointing": False}
+    record = RunRecord(tmp_path / "new" / "my_run")
+    trainer = L.Trainer(**options, callbacks=[record], logger=False, enable_progress_bar=False)
+    trainer.fit(model, data)
+    trained = read_record(tmp_path / "new" / "my_run")["seconds"]
+    trainer.test(model, data.eval_loader("val"), verbose=False)
+    after = read_record(tmp_path / "new" / "my_run")
+    assert (after["seconds"], "test/acc" in after["test"]) == (trained, True)  # what is measured afterwards is no training
+
+
 def test_a_folder_without_a_record_is_empty_handed(tmp_path):
     assert read_record(tmp_path) == {}
 

@@ -1,5 +1,6 @@
 """The report, read with the standard library's parser: whole, self-contained, right, and safe whatever things are called."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -31,6 +32,14 @@ def test_the_report_of_a_whole_run(past_run, read_page):
     assert "1 min 15 s" in text
     assert ["stage", "parameters", "learning rate", "epochs 1 to 2", "epochs 3 to 4"] in page.rows
     assert ["stem", "1,000", "0.001", "frozen", "trains"] in page.rows
+
+
+def test_warnings_of_the_training_stand_at_the_top(past_run, read_page):
+    run = past_run()
+    record = json.loads((run / "record.json").read_text())
+    (run / "record.json").write_text(json.dumps({**record, "warnings": ["the weights explode: <b>layer3</b> by 0.5 times"]}))
+    text = " ".join(read_page(write_report(run)).text)
+    assert "Warning: the weights explode: <b>layer3</b> by 0.5 times" in text
 
 
 def test_the_table_of_classes_equals_scikit_learn(past_run, read_page):

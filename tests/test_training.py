@@ -361,6 +361,7 @@ def test_a_training_that_ends_below_the_head_alone_says_so(tmp_path, capsys, rat
     best = float(said.partition("best   val/acc ")[2].split()[0])
     assert best < share - 0.01 if worse else best == pytest.approx(share, abs=1e-3)
     assert ("the recipe linear_probe suits these pictures" in said) == worse
+    assert (f"--model.lr {rate} lost that. Leave the rate to the recipe" in said) == worse
 
 
 def test_an_average_of_epochs_that_is_better_is_the_runs_checkpoint(tmp_path, capsys):

@@ -56,7 +56,7 @@ def test_links_that_turn_in_circles(tmp_path):
 
 
 def test_what_is_not_there(tmp_path):
-    with pytest.raises(DataError, match="There is no picture in an empty list"):
+    with pytest.raises(DataError, match=r"No images were named\. Expected a folder"):
         Pictures([]).all()
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"There is no picture in .*empty: expected files ending in \.bmp"):
