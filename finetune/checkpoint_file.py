@@ -138,8 +138,8 @@ def require_optimizer_fits(optimizers: Iterable[Any]) -> None:
                 if state[name] is not None and found != parameter.shape:
                     raise CheckpointError(
                         f"The optimizer state '{name}' of the checkpoint does not fit its parameter: expected the shape "
-                        f"{tuple(parameter.shape)}, found {found if found is None else tuple(found)}. The checkpoint is damaged: "
-                        "resume another one of the run."
+                        f"{tuple(parameter.shape)}, found {found if found is None else tuple(found)}. The checkpoint is "
+                        "damaged: resume another one of the run."
                     )
 
 

@@ -42,13 +42,13 @@ class Facts:
 
     classes: Annotated[list[str], Meta(min_length=1)]
     input: InputSpec
-    temperature: float
+    temperature: Any  # see `finite_temperature`
 
 
 @dataclass
 class _TimmFacts:
     input: InputSpec | None = None
-    temperature: float = 1.0
+    temperature: Any = 1.0
 
 
 @dataclass
@@ -293,7 +293,7 @@ def _open_onnx(path: Path, device: torch.device, temperature: float | None) -> T
 def _open_timm(path: Path, device: torch.device, temperature: float | None) -> Trained:
     advice = "Expected config.json and model.safetensors, as export writes them."
     try:
-        config = read_json(path / "config.json", _TimmConfig, "the configuration of a timm model")
+        config = read_json(path / "config.json", _TimmConfig, "the configuration of a timm model", finite=False)
     except CheckpointError as error:
         raise CheckpointError(f"{path} cannot be read as a timm model: {error} {advice}") from error
     own = config.resnet_finetune or _TimmFacts()
@@ -345,7 +345,7 @@ def _own_facts(text: str | None, path: Path) -> Facts:
             "it with: resnet-finetune export RUN"
         )
     advice = "It is damaged: export it again with: resnet-finetune export RUN"
-    return decode_json(text, Facts, "the metadata of an exported model", where=str(path), advice=advice)
+    return decode_json(text, Facts, "the metadata of an exported model", where=str(path), advice=advice, finite=False)
 
 
 def _refuse_other_temperature(inside: float, wanted: float | None, path: Path) -> None:

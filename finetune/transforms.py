@@ -54,6 +54,8 @@ class InputSpec:
     def __post_init__(self) -> None:
         if self.size < 1:
             raise ConfigError(f"Expected an input size of at least 1 pixel, found {self.size}.")
+        if not all(math.isfinite(value) for value in (*self.mean, *self.std)):
+            raise ConfigError(f"Expected a finite mean and standard deviation per colour, found {self.mean} and {self.std}.")
         if not 0 < self.crop <= 1:
             raise ConfigError(f"Expected a crop above 0 and up to 1 (the share of the shorter side), found {self.crop}.")
         if not 1 <= self.white <= FULL:
