@@ -48,7 +48,7 @@ from finetune.card import describe, input_on, read_card, write_weights
 from finetune.domain_figures import feature_map
 from finetune.errors import FinetuneError
 from finetune.examine import Examined
-from finetune.examined import _Memory
+from finetune.examined import Memory
 from finetune.main import main
 from finetune.module import FinetuneModule
 from finetune.outcomes import Outcome, read_outcome, write_outcome
@@ -533,10 +533,10 @@ def _write_memory(rng: random.Random, folder: Path) -> None:
     root = folder / "photos"
     root.mkdir(exist_ok=True)
     (root / "0.png").write_bytes(b"x")
-    with _Memory(root) as memory:
+    with Memory(root) as memory:
         path = memory.path
     path.unlink(missing_ok=True)
-    with _Memory(root) as memory:
+    with Memory(root) as memory:
         memory.keep(root, "0.png", True, Examined("truncated", "at byte 3", (("grey", ""),), b"1234"))
     if rng.random() < 0.4:
         path.write_bytes(damaged(path.read_bytes(), rng))
@@ -551,7 +551,7 @@ def _write_memory(rng: random.Random, folder: Path) -> None:
 
 
 def _read_memory(folder: Path) -> None:
-    with _Memory(folder / "photos") as memory:
+    with Memory(folder / "photos") as memory:
         found = memory.recall(folder / "photos", "0.png", True)
         if found is None:
             memory.keep(folder / "photos", "0.png", True, Examined())

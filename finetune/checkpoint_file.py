@@ -107,7 +107,7 @@ def check_content(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -
         raise CheckpointError(f"{name} holds no named tensors under 'state_dict'. {advice}")
     for key, tensor in state.items():
         if isinstance(tensor, Tensor) and (fault := fault_of(tensor)):
-            raise CheckpointError(f"{name} holds no weights in '{key}': {fault}. {advice}")
+            raise CheckpointError(f"{name}: '{key}' holds no weights: {fault}. {advice}")
 
 
 def require_entries(entries: Mapping[str, Any], names: Iterable[str], path: str | os.PathLike[str]) -> None:
