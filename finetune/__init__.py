@@ -4,7 +4,19 @@ This is the index of the public names. They are imported when they are first use
 has no side effects.
 """
 
-from __future__ import annotations
+import sys
+
+if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)].removeprefix("-m") in ("finetune", "finetune.__main__"):
+    # `python -m finetune` puts the working folder before Python's library. Nothing is imported from there by its place alone,
+    # so this comes before all other imports, which a file in the folder could stand in for.
+    import os
+
+    _here = os.getcwd()
+    if sys.path[:1] == [_here]:
+        del sys.path[0]
+        if os.path.dirname(os.path.dirname(os.path.abspath(__file__))) == _here and _here not in sys.path:
+            sys.path.append(_here)  # a checkout that is not installed: this package is found nowhere else
+            os.environ["PYTHONSAFEPATH"] = ""  # also by the processes that this one starts
 
 import importlib
 from typing import TYPE_CHECKING, Any

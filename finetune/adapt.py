@@ -108,8 +108,7 @@ class AdaptModule(FinetuneModule):
 
     def _adaptation_loss(self, features: list[Tensor], logits: list[Tensor], labels: Tensor) -> Tensor:
         """Return what the method adds, computed in float32 whatever the precision of the run; log it."""
-        total = self.timetable.epochs * self.timetable.steps_per_epoch if self.timetable else 0
-        progress = min(1.0, self.global_step / max(1, total))
+        progress = self.timetable.share(self.place) if self.timetable else 1.0
         with torch.autocast(labels.device.type, enabled=False):
             wide = [each.float() if each.dtype.itemsize < 4 else each for each in (*features, *logits)]
             said = self.adaptation.loss(DomainBatch(wide[0], wide[1], wide[2], wide[3], labels, progress))

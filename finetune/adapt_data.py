@@ -15,6 +15,7 @@ from typing import Any, Literal, cast
 import torch
 from torch.utils.data import DataLoader
 
+from finetune.console import say
 from finetune.data import FolderDataModule, plain_root
 from finetune.decoded import Decoded
 from finetune.errors import ConfigError, DataError
@@ -185,6 +186,11 @@ class AdaptDataModule(FolderDataModule):
         files = (picture.file for picture in self.target.splits["train"])
         return seed_of(super().order_key, self.target_shots, self.steps, *files)
 
+    @property
+    def images_of_epoch(self) -> int | None:
+        """None, as pictures of the smaller domain come several times."""
+        return None
+
     # ---------------------------------------------------------------------------------------------- hooks of Lightning
 
     def setup(self, stage: str) -> None:
@@ -201,7 +207,7 @@ class AdaptDataModule(FolderDataModule):
             tell_left_out(self.target)
             number = len(self.labelled_target)
             drawn = f"\n{number} of the training pictures are trained with their labels" if number else ""
-            print(self.target.summary() + drawn)
+            say(self.target.summary() + drawn)
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Return shuffled, augmented training batches of both domains."""
@@ -245,6 +251,13 @@ class AdaptDataModule(FolderDataModule):
             raise DataError(f"Neither {self.folder.root} nor {self.target.root} has a test split: expected a folder 'test'.")
         source = [super().test_dataloader()] if super().has_test else []
         return [*source, *([self.target_loader("test")] if self.target.splits["test"] else [])]
+
+    def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Return the images of the target: its test split, or else those that validation looks at."""
+        self._follow_module()
+        split: Split = "test" if self.target.splits["test"] else self.watched
+        pictures = PictureDataset(self.target.root, self.target.splits[split], eval_transform(self.input_spec))
+        return self._in_order(pictures, f"{split} split of {self.target.root}")
 
     def target_loader(self, split: Split) -> DataLoader[dict[str, Any]]:
         """Return the pictures of a split of the target once each, in order, under the key `target` of each batch."""

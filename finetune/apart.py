@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
 from finetune.trusted_code import trusted_here
@@ -20,7 +22,7 @@ def train_apart(words: Sequence[str]) -> int:
     Args:
         words: The verb and its options.
     """
-    with subprocess.Popen(_command(words)) as process:
+    with subprocess.Popen(_command(words), env=_environment()) as process:
 
         def leave_to_it(number: int, frame: FrameType | None) -> None:
             if number == signal.SIGTERM:
@@ -37,10 +39,19 @@ def train_apart(words: Sequence[str]) -> int:
 
 def objection(words: Sequence[str]) -> str | None:
     """Return what the command says against its options, or None; nothing is trained."""
-    done = subprocess.run(_command([*words, "--print_config"]), capture_output=True, text=True, check=False)
+    command = _command([*words, "--print_config"])
+    done = subprocess.run(command, env=_environment(), capture_output=True, text=True, check=False)
     return done.stderr.strip() or f"exit code {done.returncode}" if done.returncode else None
 
 
 def _command(words: Sequence[str]) -> list[str]:
     trust = [word for package in trusted_here() for word in ("--trust", package)]
-    return [sys.executable, "-m", "finetune", *trust, *words]
+    checkout = Path(__file__).resolve().parent.parent
+    installed = str(checkout) in (os.path.realpath(entry) for entry in sys.path)
+    program = ["-m", "finetune"] if installed else [str(checkout / "cli.py")]  # which loads the package by its place
+    return [sys.executable, *program, *trust, *words]
+
+
+def _environment() -> dict[str, str]:
+    """Return the environment of a process that imports nothing from the working folder by its place."""
+    return {"PYTHONSAFEPATH": "1", **os.environ}

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from finetune.console import tell
 from finetune.figure_style import label
 from finetune.files import write_atomically
 from finetune.reuse import ReuseLoader
@@ -49,7 +50,7 @@ class AugmentedPictures(Callback):
             if len(images):
                 write_atomically(self.file, jpeg(sheet([_pixels(image) for image in images], _captions(pl_module, labels))))
         except Exception as error:
-            pl_module.print(f"warning: {self.file.name} could not be written: {error}")
+            tell(pl_module, f"warning: {self.file.name} could not be written: {error}")
 
 
 def first_pictures(batch: Any, loader: Any, epoch: int, most: int = _MOST) -> tuple[Sequence[Tensor], list[int | None]]:

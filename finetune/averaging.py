@@ -71,10 +71,22 @@ class PhaseEMA(PhaseAverage):
         """Return the decay, so that a checkpoint tells what its weights are an average of."""
         return {**super().state_dict(), "decay": self.decay}
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Make sure that the weights have room for small steps.
+
+        Raises:
+            ConfigError: If they are float16 themselves.
+        """
+        if any(parameter.dtype == torch.float16 for parameter in pl_module.parameters()):
+            raise ConfigError(
+                "run.ema cannot average weights that are float16 themselves, as under precision 16-true. Use 16-mixed, "
+                "bf16-true or 32-true, or leave out run.ema."
+            )
+
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
         """Move the average, or let it follow the weights as long as it has not begun."""
         super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
-        if self._average_model is not None and trainer.global_step <= first_step(pl_module):
+        if self._average_model is not None and trainer.current_epoch < first_epoch(pl_module):
             self._average_model.n_averaged.zero_()  # the next update copies the weights
 
 
@@ -123,7 +135,7 @@ class WiseFT(PhaseAverage):
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
         """Refuse a random start, before the first step; the module knows its phases by now."""
         random = getattr(pl_module, "head_is_new", False) and pl_module.hparams["head_init"] == "default"
-        if random and not trainer.global_step and not first_step(pl_module):
+        if random and not trainer.global_step and not first_epoch(pl_module):
             raise ConfigError(
                 "run.wise_ft mixes the trained weights with those at the start, and there this head is random. Let it be "
                 "solved for (--model.head_init logistic) or trained first (--model.freezing lp_ft), or leave the mixture out "
@@ -132,7 +144,7 @@ class WiseFT(PhaseAverage):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
         """Begin behind the last step of the head's own phase."""
-        if trainer.global_step == first_step(pl_module):
+        if trainer.is_last_batch and trainer.current_epoch + 1 == first_epoch(pl_module):
             self._begin(pl_module)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -159,7 +171,7 @@ class WiseFT(PhaseAverage):
         if self._average_model is None:
             return
         now, averages = module.state_dict(), self._average_model.module.state_dict()
-        begun = trainer.global_step > first_step(module)
+        begun = trainer.current_epoch >= first_epoch(module)
         for name, tensor in now.items():
             mixed = begun and name in self._start
             averages[name].copy_(torch.lerp(self._start[name].to(tensor), tensor, self.share) if mixed else tensor)
@@ -239,10 +251,9 @@ def ema_step(averages: list[Tensor], weights: list[Tensor], steps: Tensor | int,
     torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + number) / (10 + number)))
 
 
-def first_step(module: L.LightningModule) -> int:
-    """Return the step in which the first phase begins that trains more than the head; 0 for modules without phases."""
+def first_epoch(module: L.LightningModule) -> int:
+    """Return the epoch in which the first phase begins that trains more than the head; 0 for modules without phases."""
     timetable = getattr(module, "timetable", None)
     if timetable is None:
         return 0
-    begin = next((phase.start for phase in timetable.phases if set(phase.train) - {HEAD} or phase.norms), 0)
-    return int(begin * timetable.steps_per_epoch)
+    return next((int(phase.start) for phase in timetable.phases if set(phase.train) - {HEAD} or phase.norms), 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -17,9 +16,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from finetune.accepted_input import require_colours, require_plain_name
 from finetune.errors import ConfigError, did_you_mean
+from finetune.named_objects import import_path as import_path
+from finetune.named_objects import require_network
 from finetune.stages import NORM_LAYERS
 from finetune.transforms import InputSpec
-from finetune.trusted_code import require_trusted
 
 
 def create_model(name: str, num_classes: int, **options: Any) -> nn.Module:
@@ -40,7 +40,7 @@ def create_model(name: str, num_classes: int, **options: Any) -> nn.Module:
         arguments: dict[str, Any] = {"model_name": name, "pretrained": False, "num_classes": num_classes}
     elif "." in name and (name.partition(".")[0] not in timm.list_models()):
         build, arguments = import_path(name), {}
-        _require_network(build, name)
+        require_network(build, name, nn.Module, _builds_for_torchvision)
         if "num_classes" in _signature(build):
             arguments["num_classes"] = num_classes
     else:
@@ -68,51 +68,6 @@ def build_bottleneck(in_features: int, width: int | None) -> nn.Module:
     if width < 1:
         raise ConfigError(f"Expected model.bottleneck to be at least 1, or null for none; found {width}.")
     return nn.Sequential(nn.Linear(in_features, width), nn.BatchNorm1d(width), nn.ReLU())
-
-
-def import_path(path: str) -> Callable[..., Any]:
-    """Import a class or function by its dotted path.
-
-    Raises:
-        ConfigError: If it cannot be imported or is not there, or where a file names it that may not, see `trusted_code`.
-    """
-    require_trusted(path)
-    module_name, _, attribute = path.rpartition(".")
-    try:
-        if not all(part.isidentifier() for part in path.split(".")):
-            raise ImportError("it is not a dotted path")  # such as ./my_net.py
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ConfigError(
-            f"The backbone '{path}' cannot be imported: {error}. Expected the name of a timm model, or the dotted path of "
-            "a class or function that can be imported from the working folder or the environment."
-        ) from error
-    found = getattr(module, attribute, None)
-    if not callable(found):
-        others = [name for name in dir(module) if name != attribute]
-        raise ConfigError(f"'{module_name}' has no class or function '{attribute}'.{did_you_mean(attribute, others)}")
-    require_trusted(f"{getattr(found, '__module__', None) or module_name}.{attribute}")  # where it is really from
-    return found  # type: ignore[no-any-return]
-
-
-_LIBRARIES = ("finetune", "lightning", "pytorch_lightning", "timm", "torch", "torchmetrics", "torchvision")
-
-
-def _require_network(build: Callable[..., Any], path: str) -> None:
-    """Refuse what makes no network before it is called: calling it is running it.
-
-    Raises:
-        ConfigError: If it is a class of something else, or a function of a library that is no model of torchvision's.
-    """
-    if isinstance(build, type):
-        fits = issubclass(build, nn.Module)
-    else:
-        fits = path.partition(".")[0] not in _LIBRARIES or _builds_for_torchvision(build)
-    if not fits:
-        raise ConfigError(
-            f"Expected the backbone '{path}' to be an nn.Module class, or a function of yours that returns one; it is neither, "
-            "and is not called."
-        )
 
 
 def _builds_for_torchvision(build: Callable[..., Any]) -> bool:

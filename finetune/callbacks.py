@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 
+from finetune.console import tell
 from finetune.errors import ConfigError
 from finetune.freezing import phase_at
 from finetune.timetable import Timetable
@@ -19,7 +20,7 @@ class EpochLine(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say so if nothing will be measured."""
         if not has_validation(trainer):
-            pl_module.print("note: without validation there is no best checkpoint; last.ckpt is kept")
+            tell(pl_module, "note: without validation there is no best checkpoint; last.ckpt is kept")
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print the line."""
@@ -28,7 +29,7 @@ class EpochLine(Callback):
         shown = [(name, metrics[name]) for name in names if name in metrics]
         values = "  ".join(f"{name} {float(value):.4f}" for name, value in shown)
         of = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
-        pl_module.print(f"epoch {trainer.current_epoch + 1}{of}  {values}")
+        tell(pl_module, f"epoch {trainer.current_epoch + 1}{of}  {values}")
 
 
 class PhaseEarlyStopping(EarlyStopping):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from finetune.console import say
 from finetune.errors import ConfigError, DataError
 from finetune.escaping import shown
 from finetune.examined import examine_all
@@ -119,12 +120,12 @@ def check_to_terminal(
     checked = check(root, quick, workers)
     findings = checked.findings
     if findings:
-        print(findings.table())
+        say(findings.table())
     numbers = ", ".join(f"{number} {each}{'s' * (number != 1)}" for each in SEVERITIES for number in [findings.number(each)])
-    print(f"{shown(str(checked.root))}: {checked.pictures} pictures, {numbers}" + (" (a quick look)" if quick else ""))
+    say(f"{shown(str(checked.root))}: {checked.pictures} pictures, {numbers}" + (" (a quick look)" if quick else ""))
     if target is not None:
         _write(checked, target)
-        print(f"all of them: {target}")
+        say(f"all of them: {target}")
     return int(checked.failed(strict))
 
 

@@ -9,6 +9,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
+
+from finetune.behind import pace_of
 from finetune.checkpoint_file import check_content, require_entries, require_fitting
 from finetune.errors import CheckpointError, WeightsError, did_you_mean
 from finetune.formats import FORMAT, upgrade
@@ -40,20 +44,42 @@ def stamp(checkpoint: dict[str, Any], module: FinetuneModule) -> None:
         "data": data_facts(module._trainer),
         "split": plain(getattr(getattr(module._trainer, "datamodule", None), "split_facts", {})),
     }
+    if module._trainer is not None and module.timetable is not None:
+        checkpoint[KEY] |= pace_of(module.timetable, module.trainer, module.place)
     for key in ("hyper_parameters", "datamodule_hyper_parameters"):
         if key in checkpoint:
             checkpoint[key] = plain(checkpoint[key])
 
 
-def run_facts(trainer: Any) -> dict[str, int]:
-    """Return what an exact resume depends on beside the options of model and data.
+def run_facts(trainer: Any) -> dict[str, Any]:
+    """Return what an exact resume depends on beside the options of model and data, as plain values.
 
     Args:
         trainer: The trainer, or None.
     """
     if trainer is None:
         return {}
-    return {"seed": global_seed(), "processes": trainer.world_size, "accumulate_grad_batches": trainer.accumulate_grad_batches}
+    schedule = next((each for each in trainer.callbacks if isinstance(each, GradientAccumulationScheduler)), None)
+    stopping = next((each for each in trainer.callbacks if isinstance(each, EarlyStopping)), None)
+    best = next((each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint) and each.monitor), None)
+    clipped = trainer.gradient_clip_val or None
+    facts = {
+        "seed": global_seed(),
+        "processes": trainer.world_size,
+        "accumulate_grad_batches": schedule.scheduling if schedule else trainer.accumulate_grad_batches,
+        "precision": trainer.precision,
+        "gradient_clip_val": clipped,
+        "gradient_clip_algorithm": (trainer.gradient_clip_algorithm or "norm") if clipped else None,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "sync_batchnorm": getattr(trainer.strategy, "_layer_sync", None) is not None,
+    }
+    if not trainer.fast_dev_run:  # which has limits of its own, and keeps nothing
+        limits = ("limit_train_batches", "limit_val_batches", "overfit_batches")
+        facts |= {"monitor": best.monitor if best else None, "mode": best.mode if best else None}
+        facts |= {"patience": stopping.patience if stopping else None}
+        facts |= {"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps}
+        facts |= {name: str(getattr(trainer, name)) for name in limits}  # as text, for 1 is a batch and 1.0 is all of them
+    return {name: plain(value) for name, value in facts.items()}
 
 
 def data_facts(trainer: Any) -> dict[str, Any]:
@@ -102,7 +128,8 @@ def adopt(checkpoint: dict[str, Any], module: FinetuneModule) -> None:
     module.class_names = names or mine
     module.weights_report = Report.from_dict(stamped["weights"])
     spec = stamped_input(checkpoint)
-    if getattr(getattr(trainer, "datamodule", None), "input_spec", None) is not None:  # which says how pictures come in
+    predicts = trainer is not None and trainer.state.fn == "predict"  # loaders are made later, and ask for this input
+    if not predicts and getattr(getattr(trainer, "datamodule", None), "input_spec", None) is not None:  # how pictures come in
         spec = replace(module.input_spec, mean=spec.mean, std=spec.std)
     module.expect(spec)
 

@@ -18,6 +18,7 @@ from tabulate import tabulate
 
 from finetune import checkpoints
 from finetune.adapt import AdaptModule
+from finetune.console import say
 from finetune.domain_table import domain_table
 from finetune.domains import measure_domains
 from finetune.durations import duration
@@ -32,9 +33,9 @@ from finetune.soup import BestEpochs
 
 
 @rank_zero_only
-def say(text: str) -> None:
+def say_once(text: str) -> None:
     """Print on the first of several processes."""
-    print(text)
+    say(text)
 
 
 def metric_table(results: Iterable[Mapping[str, float]]) -> str:
@@ -56,30 +57,30 @@ def close_run(run: Path, trainer: L.Trainer, best: ModelCheckpoint, epochs: Best
     module, data = trainer.lightning_module, with_data.datamodule
     chosen = Path(best.best_model_path or run / CHECKPOINTS / "last.ckpt")
     if not chosen.is_file():
-        say("No checkpoint was written: the run ended before its first epoch did.")
+        say_once("No checkpoint was written: the run ended before its first epoch did.")
         return
     score = best.best_model_score
     if score is not None:
         epoch = int(checkpoints.read(chosen)["epoch"]) + 1
-        say(f"\nbest   {best.monitor} {float(score):.4f} in epoch {epoch} ({as_typed(chosen)})")
+        say_once(f"\nbest   {best.monitor} {float(score):.4f} in epoch {epoch} ({as_typed(chosen)})")
         floor = getattr(module, "start_accuracy", None)
         if best.monitor == "val/acc" and floor is not None and floor - float(score) > 1e-6:
-            say(f"note   The head alone had val/acc {floor:.4f} before training: {_why_below(trainer)}.")
+            say_once(f"note   The head alone had val/acc {floor:.4f} before training: {_why_below(trainer)}.")
     if epochs is not None and score is not None:
         _compare_soup(trainer, epochs, chosen, float(score))
     _say_time(run)
     if _has_test(module, data):
         results = trainer.test(datamodule=data, ckpt_path=str(chosen), weights_only=True, verbose=False)
-        say(metric_table(results))
+        say_once(metric_table(results))
     if isinstance(module, AdaptModule) and trainer.is_global_zero:
-        say(f"\n{domain_table({type(module.adaptation).__name__: run})}\n")
+        say_once(f"\n{domain_table({type(module.adaptation).__name__: run})}\n")
     _write_report(run, module)
     if (run / REPORT).is_file():
-        say(f"open   {as_typed(run / REPORT)}")
+        say_once(f"open   {as_typed(run / REPORT)}")
     kept = [*run.glob("*.*"), *(run / CHECKPOINTS).glob("*.ckpt")]
-    say(f"files  {as_typed(run)}/  ({', '.join(sorted(str(path.relative_to(run)) for path in kept))})")
+    say_once(f"files  {as_typed(run)}/  ({', '.join(sorted(str(path.relative_to(run)) for path in kept))})")
     if isinstance(module, FinetuneModule) and module.classifies:
-        say(f"next   resnet-finetune predict {shlex.quote(as_typed(run))} PICTURES --out predictions.csv")
+        say_once(f"next   resnet-finetune predict {shlex.quote(as_typed(run))} PICTURES --out predictions.csv")
 
 
 @rank_zero_only
@@ -87,7 +88,7 @@ def _say_time(run: Path) -> None:
     """Print how long the run has trained, which is what its record and its report say."""
     record = read_record(run)
     if record.get("seconds") is not None:
-        print(f"time   {duration(record['seconds'])} for training{' in all' if record.get('resumed') else ''}")
+        say(f"time   {duration(record['seconds'])} for training{' in all' if record.get('resumed') else ''}")
 
 
 _RATES = re.compile(r"--model\.(init_args\.)?(lr|lr_scale|lr_decay|lr_rule|optimizer)(=|$)")
@@ -126,7 +127,7 @@ def _compare_soup(trainer: L.Trainer, epochs: BestEpochs, best: Path, score: flo
     if value is None:
         return
     if not (value > score if epochs.mode == "max" else value < score):
-        say(f"soup   {epochs.monitor} {value:.4f}, no better ({as_typed(epochs.soup)})")
+        say_once(f"soup   {epochs.monitor} {value:.4f}, no better ({as_typed(epochs.soup)})")
         return
     if trainer.is_global_zero:
         os.replace(epochs.soup, best)
@@ -136,7 +137,7 @@ def _compare_soup(trainer: L.Trainer, epochs: BestEpochs, best: Path, score: flo
             callback.write_latest(trainer)
         elif isinstance(callback, RunRecord):
             callback.note_average(trainer, value, len(epochs.best_k_models))
-    say(f"soup   {epochs.monitor} {value:.4f}, better: it is {as_typed(best)} now, and its epochs are in epochs/")
+    say_once(f"soup   {epochs.monitor} {value:.4f}, better: it is {as_typed(best)} now, and its epochs are in epochs/")
 
 
 @rank_zero_only
@@ -148,7 +149,7 @@ def _write_report(run: Path, module: L.LightningModule) -> None:
                 measure_domains(run)
         write_report(run)
     except Exception as error:  # whatever is wrong with a figure, the training is done
-        print(f"warning: The report could not be written ({error}). Try again: resnet-finetune report {as_typed(run)}")
+        say_once(f"warning: The report could not be written ({error}). Try again: resnet-finetune report {as_typed(run)}")
 
 
 def _has_test(module: L.LightningModule, data: Any) -> bool:

@@ -5,12 +5,12 @@ Most of what a method seems to gain may be the BatchNorm statistics of the targe
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from finetune.apart import objection, train_apart
 from finetune.arguments import last_value, without
+from finetune.console import say
 from finetune.domain_table import domain_table
 from finetune.errors import ConfigError
 from finetune.runs import new_run
@@ -42,14 +42,14 @@ def compare(words: Sequence[str]) -> None:
     runs: dict[str, Path] = {}
     failed = 0
     for number, (title, options) in enumerate(trainings.items(), start=1):
-        print(f"\n=== {title}: training {number} of {len(trainings)}", flush=True)
+        say(f"\n=== {title}: training {number} of {len(trainings)}")
         command = [*options, "--run.folder", str(home), "--run.name", title.replace(" ", "_")]
         failed = train_apart(command)
         if failed:
-            print(f"\n{title} ended with exit code {failed}.", file=sys.stderr)
+            say(f"\n{title} ended with exit code {failed}.", error=True)
             break
         runs[title] = max((home / title.replace(" ", "_")).iterdir())
     if runs:
-        print(f"\n{domain_table(runs)}\nfiles  {home}")
+        say(f"\n{domain_table(runs)}\nfiles  {home}")
     if failed:
         raise SystemExit(failed)

@@ -22,6 +22,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
+from finetune.console import say
 from finetune.decoded import Decoded, keep_decoded
 from finetune.depth import depth_text, sampled_depth
 from finetune.errors import ConfigError, DataError, did_you_mean
@@ -30,7 +31,15 @@ from finetune.folders import PictureFolder, Split, scan, summary
 from finetune.hardware import worker_count
 from finetune.images import FULL
 from finetune.left_out import SKIP, leaving_out, look_before_training, tell_left_out, write_left_out
-from finetune.loading import EvalSampler, PictureDataset, Sampling, TrainSampler, even_batch_size, stratified_order
+from finetune.loading import (
+    EvalSampler,
+    PictureDataset,
+    Sampling,
+    TrainSampler,
+    UnlabelledDataset,
+    even_batch_size,
+    stratified_order,
+)
 from finetune.randomness import global_seed, seed_of
 from finetune.reuse import Reuse, ReuseLoader, ReuseType
 from finetune.run_split import RunSplit
@@ -304,8 +313,7 @@ class FolderDataModule(SplitDataModule):
         for message in _NOT_TRUE_HERE:
             warnings.filterwarnings("ignore", message=message)
         trainer = self.trainer
-        spec = getattr(trainer.lightning_module, "input_spec", None) if trainer else None
-        self.input_spec = self._resized(spec or InputSpec.default())
+        self._follow_module()
         if stage != "fit":
             return
         if self._known is None:
@@ -316,7 +324,7 @@ class FolderDataModule(SplitDataModule):
         if trainer and self.on_error == "raise" and self.root not in BUILT_IN:
             look_before_training(self.folder, self.workers, first, self.unreadable_remedy)
         if first:
-            print(summary(self.folder))
+            say(summary(self.folder))
             tell_left_out(self.folder)
 
     def teardown(self, stage: str) -> None:
@@ -340,7 +348,7 @@ class FolderDataModule(SplitDataModule):
             return self._overfit_loader(dataset)
         position = self.position if trainer else None
         labels = torch.tensor(self.labels("train")) if self.sampling == "balanced" else None
-        sampler = TrainSampler(dataset, self.batch_size, seed, position, *self.ranks(), labels=labels)
+        sampler = TrainSampler(dataset, self.batch_size, seed, position, *self.ranks(), labels, self.shifted_images)
         loader = self._loader(dataset, self.batch_size, sampler, drop_last=len(sampler) > self.batch_size)
         return self._reusing(loader, "train")
 
@@ -388,6 +396,33 @@ class FolderDataModule(SplitDataModule):
             )
         return self.eval_loader("test")
 
+    def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Return the images to predict, in order: the test split, or else the validation split.
+
+        A folder that is not arranged in classes is searched to the bottom, and batches hold `image` and `index` alone.
+
+        Raises:
+            DataError: If there are none.
+        """
+        self._follow_module()
+        try:
+            split: Split = "test" if self.has_test else "val"
+        except DataError:
+            if self.root in BUILT_IN or not Path(self.root).expanduser().is_dir():
+                raise
+            return self._in_order(UnlabelledDataset(Path(self.root).expanduser(), eval_transform(self.input_spec)), self.root)
+        if not self.folder.splits[split]:
+            raise DataError(
+                f"{self.folder.root} has no images for Trainer.predict: expected a test or a validation split, or a folder of "
+                "images without classes. Draw one with data.val_fraction, or give dataloaders of your own."
+            )
+        return self.eval_loader(split)
+
+    def _follow_module(self) -> None:
+        """Take over the input of the trainer's module, which a checkpoint may have changed since `setup`."""
+        module = getattr(self.trainer, "lightning_module", None)
+        self.input_spec = self._resized(getattr(module, "input_spec", None) or InputSpec.default())
+
     def eval_loader(self, split: Split) -> DataLoader[dict[str, Any]]:
         """Return the pictures of a split once each, in the order of `files` and without augmentation.
 
@@ -414,9 +449,19 @@ class FolderDataModule(SplitDataModule):
     @property
     def order_key(self) -> int:
         """A number that is equal where the order of an epoch is."""
-        return seed_of(
-            global_seed(), self.batch_size, self.sampling, *(picture.file for picture in self.folder.splits["train"])
-        )
+        return self._order(self.batch_size)
+
+    def _order(self, batch_size: int) -> int:
+        return seed_of(global_seed(), batch_size, self.sampling, *(picture.file for picture in self.folder.splits["train"]))
+
+    def order_of(self, batch_size: int) -> int:
+        """Return what `order_key` would be with another batch size; the order of the pictures does not depend on it."""
+        return self._order(batch_size)
+
+    @property
+    def images_of_epoch(self) -> int | None:
+        """How many pictures an epoch shows."""
+        return None if self.trainer and cast(Any, self.trainer).overfit_batches else len(self.folder.splits["train"])
 
     def _in_order(self, dataset: PictureDataset, name: str) -> DataLoader[dict[str, Any]]:
         world, rank = self.ranks()
@@ -439,7 +484,7 @@ class FolderDataModule(SplitDataModule):
             return FULL
         depth = sampled_depth(self.folder.root, [picture.file for picture in self.folder.splits["train"]])
         if (text := depth_text(depth, self.scale)) and (self.trainer is None or self.trainer.is_global_zero):
-            print(text)
+            say(text)
         return depth.white if self.scale == "auto" else FULL
 
     def _overfit_loader(self, dataset: PictureDataset) -> DataLoader[dict[str, Any]]:
@@ -473,7 +518,7 @@ class FolderDataModule(SplitDataModule):
         reloads = bool(trainer and trainer.reload_dataloaders_every_n_epochs)
         return DataLoader(
             dataset,
-            batch_size,
+            batch_size=batch_size,  # by name, so that Lightning can make the loader anew for Trainer.predict
             sampler=sampler,
             drop_last=drop_last,
             num_workers=workers,

@@ -74,6 +74,8 @@ class DistillModule(FinetuneModule):
     def setup(self, stage: str) -> None:
         """Take the teacher's width, scale and classifier from the data."""
         super().setup(stage)
+        if stage == "predict":  # without a teacher
+            return
         data: Any = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, DistillDataModule):
             raise ConfigError(f"Expected a DistillDataModule, found {type(data).__name__}: the student needs a teacher.")

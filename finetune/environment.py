@@ -27,26 +27,41 @@ def library_versions() -> dict[str, str]:
 
 
 def git_state(folder: str | os.PathLike[str] = ".") -> dict[str, Any] | None:
-    """Return the commit that a folder is at, and whether files that git knows differ from it; None outside of git."""
+    """Return the commit that a folder is at, and whether files that git knows differ from it; None outside of git.
+
+    A repository may name programs in its own configuration, which git runs to compare files (`filter`). Where it does, as one
+    may that was downloaded as an archive, nothing is compared, and `dirty` is None.
+    """
     commit = _git(folder, "rev-parse", "HEAD")
     if not commit:
         return None
-    changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    settings = _git(folder, "config", "--list", "--show-scope", "--name-only") or ""
+    own = [line.split()[1] for line in settings.splitlines() if line.startswith(("local", "worktree"))]
+    runs = not own or any(name.lower().startswith(("filter.", "include")) for name in own)
+    changes = None if runs else _git(folder, "status", "--porcelain", "--untracked-files=no", "--ignore-submodules=dirty")
     return {"commit": commit, "dirty": None if changes is None else bool(changes)}
+
+
+_ONLY_LOOK = {
+    "GIT_OPTIONAL_LOCKS": "0",  # nothing is written, and no hook runs
+    "GIT_NO_LAZY_FETCH": "1",
+    "GIT_ALLOW_PROTOCOL": "none",  # nothing is fetched
+}
+_NO_PROGRAMS = ("-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}")
 
 
 def _git(folder: str | os.PathLike[str], *words: str) -> str | None:
     try:
         done = subprocess.run(
-            ["git", *words],
+            ["git", *_NO_PROGRAMS, *words],
             cwd=Path(folder),
-            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},  # only look
+            env={**os.environ, **_ONLY_LOOK},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             timeout=_PATIENCE,
             check=True,
         )
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
         return None
     return done.stdout.strip()

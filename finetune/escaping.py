@@ -56,6 +56,15 @@ def cells(texts: Iterable[str]) -> list[str]:
     return [cell(text) for text in texts]
 
 
+def column(name: str) -> str:
+    r"""Return a name for the head of a column, where nothing looks for it by the letters that are replaced.
+
+    >>> column("val/acc"), column("=1+1"), column(column("=1+1")), column("\x1b[2J")
+    ('val/acc', "'=1+1", "'=1+1", '\\x1b[2J')
+    """
+    return cell(from_cell(shown(name)))
+
+
 def from_cell(text: str) -> str:
     """Return the name that `cell` was given.
 

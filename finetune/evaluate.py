@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from finetune import checkpoints
 from finetune.calibration import fit_temperature, scaled, store_temperature
+from finetune.console import say
 from finetune.content import contents
 from finetune.errors import ConfigError, DataError
 from finetune.escaping import cells, shown
@@ -80,7 +81,7 @@ def evaluate(
     reading: dict[str, Any] = {"tta": tta, "batch_size": batch_size, "device": device}
     predictor = Predictor(model, temperature=temperature, **reading)
     trained = predictor.trained
-    print(describe_trained(trained))
+    say(describe_trained(trained))
     pictures = _pictures(predictor, folder, wanted)
     seen = 0 if folder is None else _count_trained_on(trained.path, pictures, workers)
     target = Path(out) if out else _place(trained.path, pictures)
@@ -106,8 +107,8 @@ def evaluate(
         files = RunFiles(run_of(trained.path) or target)
         files.outcomes = {pictures.name: outcome}
         write_report(files, partial / "report.html")
-    print(shown(_text(outcome, found, threshold, pictures.name, predictor.trained.temperature), keep="\n"))
-    print(f"files  {target}/  ({', '.join(sorted(path.name for path in target.iterdir() if path.name != MARK))})")
+    say(shown(_text(outcome, found, threshold, pictures.name, predictor.trained.temperature), keep="\n"))
+    say(f"files  {target}/  ({', '.join(sorted(path.name for path in target.iterdir() if path.name != MARK))})")
     return target
 
 
@@ -133,7 +134,7 @@ def outcome_of(predictor: Predictor, pictures: Labelled, workers: int | None = N
         raise DataError(f"None of the {len(known)} pictures of {pictures.name} can be read. The first: {failed[0]}")
     if failed:
         named = "\n  ".join(map(shown, failed[:5]))
-        print(f"warning: {len(failed)} pictures cannot be read and are left out:\n  {named}")
+        say(f"warning: {len(failed)} pictures cannot be read and are left out:\n  {named}")
     labels = np.array([known[file] for file in read], np.int64)
     probabilities = np.stack(rows).astype(np.float64)
     probabilities /= probabilities.sum(1, keepdims=True)  # float32 adds up to 1 only nearly
@@ -166,7 +167,7 @@ def _count_trained_on(model: Path, pictures: Labelled, workers: int | None) -> i
     found = contents(Path(os.sep), files, workers)
     seen = trained_on(model, [found[file].digest for file in files])
     if seen:
-        print(
+        say(
             f"warning: {seen} of the {len(files)} images were trained on, going by their content: the metrics are better than "
             "those of new images."
         )
@@ -187,7 +188,7 @@ def _calibrate(raw: Predictor, workers: int | None, tell: bool) -> None:
     before, after = ece(outcome), ece(scaled(outcome, temperature))
     details: dict[str, float | int | str] = {"pictures": len(outcome), "ece_before": before, "ece_after": after}
     file = store_temperature(path, temperature, int(checkpoints.read_own(path)["global_step"]), details)
-    print(
+    say(
         f"temperature {temperature:.4f}, fitted on {len(outcome)} validation pictures (ECE {before:.4f}, then {after:.4f}), is "
         f"stored in {file}: predict, evaluate and export use it."
     )

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import sqlite3
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from finetune.console import say
 from finetune.errors import DataError, FinetuneError
 from finetune.examine import Examined, examine
 from finetune.hardware import worker_count
@@ -118,7 +118,7 @@ class Memory:
             try:
                 self.lock.acquire(timeout=5)
             except Timeout:
-                print(f"Another process is checking the same folder: waiting for it ({self.path.name})", file=sys.stderr)
+                say(f"Another process is checking the same folder: waiting for it ({self.path.name})", error=True)
                 self.lock.acquire()
             self.base = sqlite3.connect(self.path, isolation_level="IMMEDIATE")
             self._open()

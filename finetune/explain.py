@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from finetune.console import say
 from finetune.errors import ConfigError, DataError, did_you_mean
 from finetune.grad_cam import look
 from finetune.labelled import Labelled, data_of, pictures_in, why_no_images
@@ -144,7 +145,7 @@ def explain(
     if (neighbours or 0) < 0 or most < 1:
         raise ConfigError(f"Expected --neighbours of at least 0 and --most of at least 1, found {neighbours} and {most}.")
     predictor = Predictor(model, device=device)
-    print(describe_trained(predictor.trained))
+    say(describe_trained(predictor.trained))
     if stage is not None:
         require_stage(stage, [each.name for each in predictor.trained.require_module().stages])
     true: dict[str, _Row] = {}
@@ -172,11 +173,11 @@ def explain(
         differ += sum(each.file in true and true[each.file].said != each.labels[0] for each in seen.predictions)
         _draw(predictor, seen, alike, index * _PER_PAGE, true, label).savefig(place, dpi=110)
     if differ:
-        print(
+        say(
             f"note: for {differ} of the {len(files)} images the model says something else than the run's table of predictions: "
             "the checkpoint or the images have changed since, or the table was made at another precision."
         )
-    print(f"{len(files)} pictures: {', '.join(map(str, places))}")
+    say(f"{len(files)} pictures: {', '.join(map(str, places))}")
     return places
 
 
@@ -231,7 +232,7 @@ def _neighbours(predictor: Predictor, files: Sequence[str], among: str | None, n
     except DataError as error:
         if number is not None or among is not None:
             raise
-        print(f"note   Without neighbours. {error}")
+        say(f"note   Without neighbours. {error}")
         return None
 
 

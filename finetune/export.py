@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from finetune import checkpoints
 from finetune.backbones import create_model
+from finetune.console import say
 from finetune.errors import ConfigError, DataError, did_you_mean
 from finetune.files import MARK, Unmarked, new_folder, require_free_folder
 from finetune.labelled import data_of, why_no_images
@@ -116,7 +117,7 @@ def export(
         raise ConfigError(f"Unknown format '{format}'.{did_you_mean(format, kinds)} Expected {', '.join(kinds)}.")
     trained = open_trained(model, "cpu", temperature)
     module = trained.require_module()
-    print(describe_trained(trained))
+    say(describe_trained(trained))
     folder = Path(out) if out else (run_of(trained.path) or trained.path.parent) / "export" / format
     require_free_folder(folder, overwrite, _OLDER)
     files, where = _pictures_of(trained, pictures)
@@ -125,7 +126,7 @@ def export(
         comparison = _compare(trained, write(trained, module, partial), files)
         _require_equal(comparison, folder)
         write_model_card(partial / "README.md", trained, format, f"{comparison} ({where})")
-    print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir() if path.name != MARK))}\n{comparison} ({where})")
+    say(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir() if path.name != MARK))}\n{comparison} ({where})")
     return folder
 
 

@@ -69,7 +69,7 @@ class FlowWarnings:
         self._in_a_row: Counter[tuple[str, str]] = Counter()
 
     def judge(
-        self, step: int, flows: Mapping[str, Flow], rates: Mapping[str, Rate] | None = None, since: int | None = None
+        self, step: int, flows: Mapping[str, Flow], rates: Mapping[str, Rate] | None = None, since: float | None = None
     ) -> list[str]:
         """Return what there is to say about a measurement.
 

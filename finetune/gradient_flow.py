@@ -20,6 +20,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
 from finetune import escaping
+from finetune.console import say, tell
 from finetune.data import FolderDataModule
 from finetune.errors import ConfigError, DataError
 from finetune.flow_warnings import FlowWarnings, Rate, why_it_rests
@@ -66,6 +67,7 @@ class GradientFlow(Callback):
         self._pending: Measurement | None = None
         self._start: dict[str, Tensor] | None = None
         self._rates: dict[str, Rate] = {}
+        self._since = 0.0  # steps of the phase before the one that is measured
 
     # ------------------------------------------------------------------------------------------------- hooks of Lightning
 
@@ -113,9 +115,13 @@ class GradientFlow(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Begin a measurement: gradients are accumulated, reduced and unscaled, and not yet clipped."""
-        if not self._active or self._pending is not None or not self._due(trainer, pl_module):
+        if not self._active or self._pending is not None:
+            return
+        since = self._steps_of_phase(trainer, pl_module)
+        if not self._due(trainer, since):
             return
         assert isinstance(pl_module, FinetuneModule)
+        self._since = since
         if not self._started:
             self._started = True
             self._start = self._starting_point(trainer, pl_module)
@@ -138,7 +144,7 @@ class GradientFlow(Callback):
             self._write(trainer, step, flows)
             if any(flow.nonfinite for flow in flows.values()):
                 self._name_pictures(trainer)
-            self._say(trainer, self._warnings.judge(step, flows, self._rates, step - self._begin(pl_module)))
+            self._say(trainer, self._warnings.judge(step, flows, self._rates, self._since))
         self._batch = None
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -160,15 +166,14 @@ class GradientFlow(Callback):
 
     # ---------------------------------------------------------------------------------------------------------- measuring
 
-    def _due(self, trainer: L.Trainer, module: L.LightningModule) -> bool:
-        since = trainer.global_step - self._begin(module)
+    def _due(self, trainer: L.Trainer, since: float) -> bool:
         return trainer.global_step % self.every == 0 or (since in _EARLY and since < self.every)
 
     @staticmethod
-    def _begin(module: L.LightningModule) -> int:
-        """Return the step at which the present phase began."""
-        timetable, phase = getattr(module, "timetable", None), getattr(module, "phase", None)
-        return int(phase.start * timetable.steps_per_epoch) if timetable and phase else 0
+    def _steps_of_phase(trainer: L.Trainer, module: L.LightningModule) -> float:
+        """Return how many steps the present phase is old, before the step that is about to be made."""
+        timetable = getattr(module, "timetable", None)
+        return float(timetable.since_phase(module.place)) if timetable else trainer.global_step
 
     def _meant_to_train(self, module: FinetuneModule) -> list[str]:
         """Return the stages that train now by the policy; what a subclass added beside the stages always does."""
@@ -182,8 +187,9 @@ class GradientFlow(Callback):
         parameters = {n: p for stage, named in self._members.items() if stage not in never for n, p in named.items()}
         start = start_weights(parameters, self.folder and self.folder / START, fresh=trainer.global_step == 0)
         if start is None:
-            module.print(
-                "note: gradients.csv has no distances from now on: the weights that the run began with are not in its folder."
+            tell(
+                module,
+                "note: gradients.csv has no distances from now on: the weights that the run began with are not in its folder.",
             )
         return start
 
@@ -211,9 +217,12 @@ class GradientFlow(Callback):
     # ------------------------------------------------------------------------------------------------------------ warning
 
     def _say(self, trainer: L.Trainer, texts: Sequence[str]) -> None:
-        show = trainer.lightning_module.print if trainer.is_global_zero else print  # which is silent on other processes
         for text in texts:
-            show(f"warning: {escaping.shown(text)}")
+            warning = f"warning: {escaping.shown(text)}"
+            if trainer.is_global_zero:
+                tell(trainer.lightning_module, warning)
+            else:  # where a module prints nothing
+                say(warning)
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, RunRecord):
                     callback.note_warning(trainer, text)
@@ -250,8 +259,8 @@ def _line(values: Sequence[Any]) -> str:
     '50,0,stem,0.25,'
     """
     text = io.StringIO()
-    shown = [f"{value:.8g}" if isinstance(value, float) else value for value in values]
-    csv.writer(text).writerow(shown)
+    written = [escaping.cell(value) if isinstance(value, str) else value for value in values]
+    csv.writer(text).writerow([f"{value:.8g}" if isinstance(value, float) else value for value in written])
     return text.getvalue()
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from finetune import console
 from finetune.errors import DataError
 from finetune.escaping import cell, shown
 from finetune.examined import examine_all
@@ -71,7 +72,7 @@ def look_before_training(folder: PictureFolder, workers: int | None = None, say:
         return
     found = Findings(each for each in [*survey(folder.root).findings, *odd] if each.severity != "note")
     if found:
-        print(f"check  {told_briefly(found.counts())}. {advice(folder.root)}")
+        console.say(f"check  {told_briefly(found.counts())}. {advice(folder.root)}")
 
 
 def leaving_out(most: float, workers: int | None = None) -> Choose:
@@ -156,7 +157,7 @@ def tell_left_out(folder: Reduced) -> None:
     """Say what was left out, if anything was."""
     if bad := folder.left_out:
         number = len(bad) + sum(len(pictures) for pictures in folder.splits.values())
-        print(f"left out: {len(bad)} of {number} pictures ({len(bad) / number:.1%}): {named(bad)}. {advice(folder.root)}")
+        console.say(f"left out: {len(bad)} of {number} pictures ({len(bad) / number:.1%}): {named(bad)}. {advice(folder.root)}")
 
 
 def write_left_out(folder: PictureFolder, path: Path) -> None:

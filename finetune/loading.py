@@ -23,6 +23,7 @@ from finetune.folders import Picture
 from finetune.images import FULL, read_image
 from finetune.randomness import seed_of
 from finetune.transforms import Transform
+from finetune.walk import Pictures
 
 Position = Callable[[], tuple[int, int]]
 Sampling = Literal["natural", "balanced"]
@@ -84,6 +85,26 @@ class PictureDataset(Dataset[dict[str, Any]]):
         return {"image": image, "label": label, "index": index}
 
 
+class UnlabelledDataset(PictureDataset):
+    """All images below a folder, without labels.
+
+    Args:
+        root: The folder.
+        transform: uint8 (3, height, width) -> uint8 (3, size, size).
+
+    Raises:
+        DataError: If there are none.
+    """
+
+    def __init__(self, root: Path, transform: Transform) -> None:
+        files = [os.path.relpath(path, root) for path in Pictures([root]).all()]
+        super().__init__(root, [Picture(file, -1) for file in files], transform)
+
+    def __getitem__(self, key: int | tuple[int, ...]) -> dict[str, Any]:
+        item = super().__getitem__(key)
+        return {"image": item["image"], "index": item["index"]}
+
+
 class PictureError(DataError):
     """A picture that cannot be read; also when it was a worker process that tried, whose traceback is left out."""
 
@@ -107,6 +128,7 @@ class TrainSampler(DistributedSampler[Any]):
         world: Number of processes.
         rank: Number of this process.
         labels: Labels of the pictures, (N,), to show each class equally often; None to show each picture once.
+        shift: Returns how many pictures an epoch is further than its batches say, on all processes together.
     """
 
     def __init__(
@@ -118,10 +140,12 @@ class TrainSampler(DistributedSampler[Any]):
         world: int = 1,
         rank: int = 0,
         labels: Tensor | None = None,
+        shift: Callable[[int], int] | None = None,
     ) -> None:
         super().__init__(dataset, num_replicas=world, rank=rank, seed=seed)
         self.batch_size = batch_size
         self.position = position
+        self.shift = shift
         self.labels = labels
         self.pictures: int = len(dataset)  # type: ignore[arg-type]
         self.num_samples = max(1, self.pictures // world)
@@ -136,8 +160,9 @@ class TrainSampler(DistributedSampler[Any]):
         else:
             order = with_repeats(balanced_order(self.labels, generator).tolist())
         order *= -(-self.total_size // self.pictures)  # fewer pictures than processes
-        mine = order[self.rank : self.total_size : self.num_replicas]
-        return iter([(epoch, *which) for which in mine[skip * self.batch_size :]])
+        begin = skip * self.batch_size * self.num_replicas + (self.shift(epoch) if self.shift and not turn else 0)
+        mine = order[begin + self.rank : self.total_size : self.num_replicas]
+        return iter([(epoch, *which) for which in mine])
 
 
 def balanced_order(labels: Tensor, generator: torch.Generator) -> Tensor:

@@ -52,6 +52,10 @@ def classification_loss(
         smoothing: Label smoothing (Szegedy et al. 2016).
         focal_gamma: 0 for cross-entropy.
     """
+    if logits.dtype.itemsize < 4:  # half precision is too coarse for sums of logarithms; mixed precision computes so, too
+        logits = logits.float()
+    weight = None if weight is None else weight.to(logits.dtype)
+    targets = targets.to(logits.dtype) if targets.is_floating_point() else targets
     if not focal_gamma:
         each = F.cross_entropy(logits, targets, weight, reduction="none", label_smoothing=smoothing)
         return each.mean()

@@ -135,7 +135,7 @@ class LearningRateSweep(L.Callback):
         last = pl_module.timetable.phases[-1]
         everlasting = Phase(last.train, last.norms, 0, ENDLESS)
         sweep: Any = self.factor
-        pl_module.timetable = replace(pl_module.timetable, phases=(everlasting,), schedule=sweep)
+        pl_module.timetable = replace(pl_module.timetable, phases=(everlasting,), schedule=sweep, warmup_steps=0, by_steps=True)
         trainer.fit_loop.max_epochs = ENDLESS
         for group in trainer.optimizers[0].param_groups:
             group["lr"] = group["initial_lr"] * pl_module.timetable.factor(group["stage"], 0)

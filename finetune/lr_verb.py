@@ -10,6 +10,7 @@ import lightning as L
 
 from finetune import progress, training
 from finetune.arguments import without
+from finetune.console import say
 from finetune.errors import ConfigError
 from finetune.lr_find import FEWEST, STEPS, LearningRateSweep, write_curve
 from finetune.module import FinetuneModule
@@ -63,9 +64,9 @@ class LearningRateCLI(FinetuneCLI):
         folder = new_run(Path(options.folder), "lr_find")
         paths = write_curve(curve, found, folder)
         words = ["fit", *without(self.command[2:], "--trainer.max_steps"), "--model.lr", f"{found:.2g}"]
-        print(f"\nlr     {found:.2g} is suggested for the head; it was {self.model.hparams['lr']:.2g}")
-        print(f"curve  {', '.join(str(path) for path in paths)}")
-        print(f"next   resnet-finetune {shlex.join(words)}")
+        say(f"\nlr     {found:.2g} is suggested for the head; it was {self.model.hparams['lr']:.2g}")
+        say(f"curve  {', '.join(str(path) for path in paths)}")
+        say(f"next   resnet-finetune {shlex.join(words)}")
 
 
 def run(words: list[str]) -> None:

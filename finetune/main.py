@@ -10,10 +10,11 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from finetune.errors import FinetuneError, did_you_mean, own_error
-from finetune.escaping import shown
+from finetune.console import clean_messages, say
+from finetune.errors import ConfigError, FinetuneError, did_you_mean, own_error
 from finetune.library_errors import explained
-from finetune.trusted_code import guarding, take_trust
+from finetune.own_modules import inherit_own_modules, own_modules, protect_processes
+from finetune.trusted_code import guarding, is_guarded, take_trust
 from finetune.verbs import VERBS
 from finetune.version import __version__
 
@@ -51,11 +52,21 @@ def main(args: Sequence[str] | None = None) -> None:
 
     Args:
         args: The words behind `resnet-finetune`; those of the process if None.
+
+    Raises:
+        ConfigError: If it is called from within itself, as a configuration or a checkpoint might try.
     """
+    if is_guarded():
+        raise ConfigError(
+            "The command was called while it was running, by a class or function that a configuration or a checkpoint names. "
+            "Its arguments were typed by nobody, and it is not run. Start it in a process of its own."
+        )
     words = list(sys.argv[1:] if args is None else args)
+    if args is None:
+        protect_processes()
     try:
         packages, words = take_trust(words)
-        with guarding(words, packages):
+        with clean_messages(), guarding(words, packages), own_modules():
             _dispatch(words)
     except BrokenPipeError:  # the reader has enough, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -70,12 +81,10 @@ def _dispatch(words: list[str]) -> None:
     verb = words[0] if words else "--help"
     if verb in ("-h", "--help"):
         verbs = "\n".join(f"  {name:<10}{text}" for name, text in _TEXTS.items())
-        print(HELP.format(verbs=f"verbs:\n{verbs}"))
+        say(HELP.format(verbs=f"verbs:\n{verbs}"))
     elif verb == "--version":
-        print(f"resnet-finetune {__version__}")
+        say(f"resnet-finetune {__version__}")
     elif verb in _TEXTS:
-        if os.getcwd() not in sys.path:
-            sys.path.insert(0, os.getcwd())  # a user's own classes: --model my_module.MyModule
         if verb in VERBS:
             VERBS[verb].run(words[1:])
         elif _COMPARE in words and verb in ("fit", "adapt"):
@@ -109,5 +118,8 @@ def _own_words(error: FinetuneError) -> str:
 
 
 def _leave(message: str) -> NoReturn:
-    print(f"error: {shown(message, keep=chr(10))}", file=sys.stderr)
+    say(f"error: {message}", error=True)
     raise SystemExit(2)
+
+
+inherit_own_modules()

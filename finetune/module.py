@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any, Literal
 
 import torch
@@ -21,7 +22,9 @@ from torchmetrics import MetricCollection
 from finetune import checkpoints
 from finetune.accepted_input import require_size
 from finetune.backbones import build_bottleneck, checkpoint_gradients, create_model, initialise, input_spec_of
+from finetune.behind import Behind
 from finetune.checkpoint_file import require_optimizer_fits
+from finetune.console import clean
 from finetune.errors import DataError
 from finetune.freezing import Phase, phase_at, plan
 from finetune.head_start import start_head
@@ -29,11 +32,23 @@ from finetune.labels import classes_of, labels_of
 from finetune.losses import ClassWeights
 from finetune.metrics import MeanLoss, build_metrics
 from finetune.objective import Objective
-from finetune.optim import LearningRateRule, StageRates, build_groups, build_optimizer, effective_batch, lr_factor
+from finetune.optim import (
+    LearningRateRule,
+    StageRates,
+    build_groups,
+    build_optimizer,
+    effective_batch,
+    let_gradients_be_clipped,
+    lr_factor,
+    scales_loss,
+)
 from finetune.options import HeadInit, check_options
+from finetune.pace import Pace, lengths_of
+from finetune.place import Place, batches_done, place_of
+from finetune.predicting import PredictingModule
 from finetune.randomness import global_seed, seed_of
 from finetune.reuse import Kept
-from finetune.schedules import ScheduleName
+from finetune.schedules import Schedule, ScheduleName
 from finetune.staged import StagedModule
 from finetune.stages import split_head
 from finetune.strategies import refuse_synchronised_batchnorm, require_searching
@@ -45,7 +60,7 @@ from finetune.weights import load_weights
 BatchNormMode = Literal["auto", "frozen", "train"]
 
 
-class FinetuneModule(StagedModule):
+class FinetuneModule(PredictingModule, StagedModule):
     """Fine-tune a backbone for image classification.
 
     Args:
@@ -105,6 +120,8 @@ class FinetuneModule(StagedModule):
 
     timetable: Timetable | None = None
     _head_has_learned = False
+    _resumed = (0, 0)
+    _behind = Behind()  # what a checkpoint says of the part of the run that is behind
     start_accuracy: float | None = None  # on the validation pictures, of a head that was solved for
 
     def __init__(
@@ -196,11 +213,6 @@ class FinetuneModule(StagedModule):
 
     # ---------------------------------------------------------------------------------------------------------- steps
 
-    @property
-    def classifies(self) -> bool:
-        """Whether the head is one to predict classes with."""
-        return True
-
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the mean loss: in training as the options say, otherwise plain cross-entropy.
 
@@ -215,6 +227,10 @@ class FinetuneModule(StagedModule):
         """Whether the training loss is of the size of a cross-entropy, so that guessing has ln(num_classes)."""
         mine = ("loss", "_step", "training_step")
         return self.classifies and all(getattr(type(self), name) is getattr(FinetuneModule, name) for name in mine)
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print on the first of several processes, above a progress bar, and without letters that steer a terminal."""
+        super().print(*(clean(str(arg)) for arg in args), **kwargs)
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Return the optimizer groups, one per stage and kind of weight decay, each with its own rate in it."""
@@ -318,7 +334,8 @@ class FinetuneModule(StagedModule):
     def setup(self, stage: str) -> None:
         """Take class names and input size from the data; work out the phases of the run."""
         data = getattr(self.trainer, "datamodule", None)
-        self.class_names = list(getattr(data, "classes", None) or []) or self.class_names
+        if stage != "predict":  # images need no classes then
+            self.class_names = list(getattr(data, "classes", None) or []) or self.class_names
         said = getattr(data, "input_spec", None)
         if said is not None:  # normalisation is of the weights, whoever says the size
             self.input_spec = replace(said, mean=self.input_spec.mean, std=self.input_spec.std)
@@ -359,23 +376,35 @@ class FinetuneModule(StagedModule):
             self.param_groups(),
             self.hparams["momentum"],
             self.hparams["optimizer_args"],
-            fused=self.trainer.precision != "16-mixed",  # whose gradients Lightning clips only unfused
+            fused=not scales_loss(self.trainer),  # or gradients would be unscaled behind their clipping
         )
         stages = [group["stage"] for group in optimizer.param_groups]
         factors = [self._factor_of(stage) for stage in stages]
+        self._rates, self._accumulated = [group["lr"] for group in optimizer.param_groups], self.trainer.accumulate_grad_batches
         self._scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._scheduler, "interval": "step"}}
 
     def _factor_of(self, stage: str) -> Callable[[int], float]:
-        return lambda step: self.timetable.factor(stage, step) if self.timetable else 1.0
+        """Return the factor of a stage as a scheduler asks for it: the place in the run counts, not the scheduler's steps."""
+        return lambda _: self.timetable.factor_at(stage, self.place) if self.timetable else 1.0
+
+    @property
+    def place(self) -> Place:
+        """Where training stands."""
+        return place_of(self.trainer, self._resumed)
 
     def on_train_start(self) -> None:
         """Fix the timetable of phases and rates, now that the epoch and the length of an epoch are known."""
         if self.trainer.ckpt_path is not None:
             require_optimizer_fits(self.trainer.optimizers)
-        self.timetable = build_timetable(self.trainer, self.stage_names, self.hparams)
-        for group, rate in zip(self.trainer.optimizers[0].param_groups, self._scheduled_rates(), strict=False):
-            group["lr"] = rate
+        let_gradients_be_clipped(self.trainer)
+        behind, self._behind = self._behind, Behind()
+        behind.settle(self.trainer)
+        self._resumed = batches_done(self.trainer)
+        self.timetable = build_timetable(self.trainer, self.stage_names, self.hparams, self.place, behind.knots)
+        self._set_rates()
+        if change := behind.change(self.timetable, self.place):
+            self.print(change)
         self.apply_phase(phase_at(self.timetable.phases, self.current_epoch))
         self.objective.hold_to_start(self, self.weights_report.untrained)
         self.print(self.weights_report.summary())
@@ -397,23 +426,43 @@ class FinetuneModule(StagedModule):
             "(--model.freezing full --model.bn train, or the recipe scratch)."
         )
 
-    def _scheduled_rates(self) -> list[float]:
+    def _set_rates(self) -> None:
+        """Give the optimizer the rates of this place."""
         scheduler = getattr(self, "_scheduler", None)
         if scheduler is None:  # a subclass has its own configure_optimizers
-            return []
-        step = scheduler.last_epoch
-        scheduler._last_lr = [base * fn(step) for base, fn in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
-        return list(scheduler._last_lr)
+            return
+        groups = self.trainer.optimizers[0].param_groups
+        if self.hparams["lr_rule"] != "none":  # a resumed run may have another effective batch than its checkpoint
+            factor = lr_factor(self.hparams["lr_rule"], self.trainer.accumulate_grad_batches, self._accumulated)
+            followed = [rate * factor for rate in self._rates]
+            scheduler.base_lrs = followed
+            for group, rate in zip(groups, followed, strict=True):
+                group["initial_lr"] = rate
+        rates = [base * share(0) for base, share in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+        scheduler._last_lr = rates
+        for group, rate in zip(groups, rates, strict=False):
+            group["lr"] = rate
 
     def on_train_epoch_start(self) -> None:
-        """Enter the phase of the epoch."""
+        """Enter the phase of the epoch, and take notice if it has another length than the last."""
         assert self.timetable is not None
+        self._follow_length()
         phase = phase_at(self.timetable.phases, self.current_epoch)
         if phase != self._phase:
             self.apply_phase(phase)
             self.print(self.timetable.announce(self.current_epoch))
         else:
             self.train()
+
+    def _follow_length(self) -> None:
+        times = self.timetable
+        lengths = lengths_of(self.trainer)
+        if times is None or times.pace is None or lengths is None or not isinstance(times.schedule, Schedule):
+            return  # a sweep of the learning rate is none
+        if Pace(lengths).length(self.current_epoch) != times.steps_per_epoch:
+            knots = times.pace.until(Fraction(self.current_epoch))
+            self.timetable = build_timetable(self.trainer, self.stage_names, self.hparams, self.place, knots)
+        self._set_rates()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed what is random in the step (dropout, stochastic depth) by its place in the run; log the learning rates."""
@@ -433,7 +482,9 @@ class FinetuneModule(StagedModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take class names and input size from a checkpoint, and refuse one that contradicts the options of a resumed run."""
         self._head_has_learned = True
+        self._loaded_step = checkpoint.get("global_step")
         checkpoints.adopt(checkpoint, self)
+        self._behind = Behind.of(checkpoint)
         self.objective.load(checkpoint)
 
     @classmethod

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from finetune.console import tell
 from finetune.errors import TrainingError
 from finetune.reuse import Kept
 from finetune.staged import StagedModule
@@ -87,7 +88,7 @@ class NonFiniteLoss(Callback):
         what = self._together(trainer, pl_module, [batch for batch, _, here in window if here], broken)
         if self.then == "stop" or broken or self._row >= _IN_A_ROW:
             raise TrainingError(f"{what}{_remedy(self.then, self._row)}")
-        pl_module.print(f"warning: {what} The step is left out ({self.skipped} so far).")
+        tell(pl_module, f"warning: {what} The step is left out ({self.skipped} so far).")
 
     @staticmethod
     def _together(trainer: L.Trainer, module: L.LightningModule, batches: list[Any], broken: list[str]) -> str:

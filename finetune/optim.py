@@ -162,3 +162,30 @@ def build_optimizer(
     except (ImportError, TypeError, ValueError, AssertionError) as error:
         raise ConfigError(f"The optimizer '{name}' could not be created with {options}: {error}") from error
     return optimizer
+
+
+def scales_loss(trainer: L.Trainer) -> bool:
+    """Return whether the loss is scaled, so that gradients are too large until somebody unscales them."""
+    return getattr(trainer.precision_plugin, "scaler", None) is not None
+
+
+def let_gradients_be_clipped(trainer: L.Trainer) -> None:
+    """Make sure that gradients are clipped at their true size, whatever optimizer the module has configured.
+
+    Fused optimizers can unscale gradients within their step, behind the clipping. Lightning refuses to clip for them under any
+    mixed precision; but where the loss is not scaled, as in bfloat16, there is nothing to unscale.
+
+    Raises:
+        ConfigError: If the loss is scaled and the optimizer would unscale too late.
+    """
+    for optimizer in trainer.optimizers:
+        if not getattr(optimizer, "_step_supports_amp_scaling", False):
+            continue
+        if not scales_loss(trainer):
+            optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]  # what Lightning asks
+        elif trainer.gradient_clip_val:
+            raise ConfigError(
+                f"Under precision {trainer.precision} the loss is scaled, and a fused {type(optimizer).__name__} unscales the "
+                "gradients only after they would be clipped. Leave out 'fused' from model.optimizer_args, leave out "
+                "trainer.gradient_clip_val, or use precision bf16-mixed or 32-true."
+            )

@@ -18,8 +18,8 @@ from typing import Any, NoReturn, Union, get_args, get_origin
 
 from lightning.pytorch.cli import LightningArgumentParser
 
+from finetune.console import say
 from finetune.errors import FinetuneError, did_you_mean, own_error
-from finetune.escaping import shown
 from finetune.option_names import full_name, misplaced, options_in, suggestion
 from finetune.trusted_code import refusal, require_trusted
 
@@ -72,9 +72,9 @@ class Parser(LightningArgumentParser):
         """
         if own := own_error(ex):
             raise own
-        print(f"error: {shown(explain(message, _option_strings(self)), keep=chr(10))}", file=sys.stderr)
+        say(f"error: {explain(message, _option_strings(self))}", error=True)
         command = _called.get() or next((part for part in self.prog.split() if part in ("validate", "test")), "fit")
-        print(f"For all options: resnet-finetune {command} --help", file=sys.stderr)
+        say(f"For all options: resnet-finetune {command} --help", error=True)
         raise SystemExit(2)
 
 

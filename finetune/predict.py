@@ -13,6 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from finetune.console import say
 from finetune.errors import ConfigError, DataError
 from finetune.escaping import cell
 from finetune.predictor import Answer, Augmentations, Predictor
@@ -62,7 +63,7 @@ def predict_to_file(
     if topk < 1 or batch_size < 1:
         raise ConfigError(f"Expected --topk and --batch_size to be at least 1, found {topk} and {batch_size}.")
     predictor = Predictor(model, device=device, tta=tta, temperature=temperature, batch_size=batch_size)
-    print(describe_trained(predictor.trained))
+    say(describe_trained(predictor.trained))
     places = Pictures(tuple(pictures), files_from)
     total = places.count()
     if workers is None and total <= batch_size:
@@ -82,7 +83,7 @@ def predict_to_file(
         if table.rows and (found := next(itertools.islice(places, table.rows - 1, None), None)) != table.last:
             _refuse_other_pictures(table, found, overwrite)
         if table.rows:
-            print(f"{table.partial} holds {table.rows} of {total} rows: going on from there.")
+            say(f"{table.partial} holds {table.rows} of {total} rows: going on from there.")
         else:
             table.append(encode.header(), 0, "")
         with tqdm(total=total, initial=table.rows, unit="picture", disable=None) as bar:
@@ -91,14 +92,14 @@ def predict_to_file(
                 bar.update(len(batch))
         table.finish()
     except KeyboardInterrupt:
-        print(f"\nStopped after {table.rows} of {total} pictures. The same command goes on from there.")
+        say(f"\nStopped after {table.rows} of {total} pictures. The same command goes on from there.")
         raise
     finally:
         table.close()
     if total and table.failed == total:
         raise DataError(f"None of the {total} pictures can be read. The column 'error' of {out} says why.")
     unreadable = f", {table.failed} of them unreadable (see 'error')" if table.failed else ""
-    print(f"{total} pictures{unreadable}: {out}")
+    say(f"{total} pictures{unreadable}: {out}")
 
 
 class _Encoder(ABC):

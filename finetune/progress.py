@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from torch import Tensor
 from tqdm import tqdm
 
+from finetune.console import clean
 from finetune.stages import HEAD
 
 
@@ -72,7 +73,7 @@ class Bar(ProgressBar):
         if bar.update(batch_idx + 1 - bar.n):  # it was drawn
             loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
             first = {"loss": float(loss)} if isinstance(loss, Tensor) and loss.numel() == 1 else {}
-            bar.set_postfix_str(shown({**first, **self.get_metrics(trainer, pl_module)}))
+            bar.set_postfix_str(clean(shown({**first, **self.get_metrics(trainer, pl_module)})))
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Close the bar, which leaves its place to the line of the epoch."""

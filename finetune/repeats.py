@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,9 @@ from typing import Any
 from tabulate import tabulate
 
 from finetune.apart import train_apart
+from finetune.console import say
 from finetune.errors import ConfigError
+from finetune.escaping import cell, cells
 from finetune.record import read_record
 from finetune.runs import new_run
 
@@ -99,15 +100,15 @@ def repeat(words: Sequence[str], plan: Repeats) -> None:
     results: dict[str, dict[str, float]] = {}
     failed = 0
     for number, (name, options) in enumerate(plan.trainings(), start=1):
-        print(f"\n=== {name}: training {number} of {len(plan.trainings())}", flush=True)
+        say(f"\n=== {name}: training {number} of {len(plan.trainings())}")
         command = [*words, *options, "--run.folder", str(home), "--run.name", name]
         failed = train_apart(command)
         if failed:
-            print(f"\n{name} ended with exit code {failed}.", file=sys.stderr)
+            say(f"\n{name} ended with exit code {failed}.", error=True)
             break
         results[name] = _result(home / name)
     if results:
-        print(f"\n{table(results)}\nfiles  {_write(results, home / RESULTS)}")
+        say(f"\n{table(results)}\nfiles  {_write(results, home / RESULTS)}")
     if failed:
         raise SystemExit(failed)
 
@@ -139,8 +140,8 @@ def _write(results: dict[str, dict[str, float]], path: Path) -> Path:
     totals = summary(results)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["training", *totals])
-        writer.writerows([name, *(found.get(n, "") for n in totals)] for name, found in results.items())
+        writer.writerow(["training", *cells(totals)])
+        writer.writerows([cell(name), *(found.get(n, "") for n in totals)] for name, found in results.items())
         writer.writerow(["mean", *(mean for mean, _ in totals.values())])
         writer.writerow(["spread", *(spread for _, spread in totals.values())])
     return path

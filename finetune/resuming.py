@@ -14,6 +14,10 @@ from finetune.runs import CHECKPOINTS, find_checkpoint, run_of
 from finetune.saving import LAST
 
 _FREE = {"workers", "eval_batch_size", "decoded", "reuse_budget"}  # how fast it goes, not what comes out
+_MEANING = {  # what a change means beyond itself
+    ("max_epochs", "max_steps"): "The schedule of the learning rate, and what is a share of the run, follow the new length.",
+    ("monitor", "mode"): "best.ckpt becomes the best of the epochs from here on.",
+}
 _DRAW = ("split_seed", "val_fraction", "test_fraction", "folds", "fold")
 
 
@@ -99,17 +103,18 @@ def compare_data(checkpoint: Mapping[str, Any], data: Any) -> str | None:
 
 
 def compare_run(checkpoint: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """Return a warning if seed or effective batch are not those of the checkpoint, or None.
+    """Return a warning if facts of the run, such as seed, precision or clipping, are not those of the checkpoint, or None.
 
     Args:
-        checkpoint: What `stamp` wrote.
+        checkpoint: What `stamp` wrote; older versions wrote fewer facts, and of the others nothing is said.
         now: The same facts of this run, see `checkpoints.run_facts`.
     """
     old = (checkpoint.get(checkpoints.KEY) or {}).get("run") or {}
     differ = {key: (old[key], now[key]) for key in old if key in now and old[key] != now[key]}
     if not differ:
         return None
-    return f"warning: The run does not go on exactly as it would have:\n{_lines(differ)}"
+    meaning = "".join(f"\n  {text}" for keys, text in _MEANING.items() if not differ.keys().isdisjoint(keys))
+    return f"warning: The run does not go on exactly as it would have:\n{_lines(differ)}{meaning}"
 
 
 def restoring(error: BaseException) -> bool:

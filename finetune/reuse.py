@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from finetune.console import tell
 from finetune.errors import ConfigError, did_you_mean
 from finetune.images import white_text
 from finetune.loading import PictureDataset
@@ -268,14 +269,15 @@ def frozen_rows(
     whole = store.bytes * max(1, reuse.views if dataset.seed is not None else 1)
     if whole > reuse.budget:
         if view == 0:
-            module.print(
+            tell(
+                module,
                 f"reuse: {about['what']} of {len(dataset)} pictures ({split}) would take {format_bytes(whole)}, above "
-                f"data.reuse_budget ({format_bytes(reuse.budget)}): in this phase pictures are read instead"
+                f"data.reuse_budget ({format_bytes(reuse.budget)}): in this phase pictures are read instead",
             )
         return None
     if store.complete:
         return store.rows()
-    module.print(f"reuse: {about['what']} is computed once for {len(dataset)} pictures ({split}): {format_bytes(store.bytes)}")
+    tell(module, f"reuse: {about['what']} is computed once for {len(dataset)} pictures ({split}): {format_bytes(store.bytes)}")
     lower = module.lower if reuse.dtype == "float32" else module.folded_lower()  # float16 rounds anyway
 
     def compute(images: Tensor) -> Tensor:

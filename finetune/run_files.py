@@ -133,15 +133,31 @@ class RunFiles:
         return [(self._place(row), row["stage"], _numbers(row)) for row in rows if row.get("stage")]
 
     @cached_property
-    def steps_per_epoch(self) -> float | None:
-        """Optimizer steps of an epoch, from the rows that end one; None before the first has ended."""
+    def _ends(self) -> dict[float, float]:
+        """How many steps were made when an epoch had ended, by the number of epochs, from the rows that end one."""
         last: dict[float, float] = {}
         for row in self._metric_rows:
             numbers = _numbers(row)
             ends = any(name.startswith(("train/", "val/")) for name in numbers)
             if ends and {"epoch", "step"} <= set(numbers):
-                last[numbers["epoch"]] = max(numbers["step"], last.get(numbers["epoch"], 0.0))
-        return float(np.median([(step + 1) / (epoch + 1) for epoch, step in last.items()])) if last else None
+                done = numbers["epoch"] + 1
+                last[done] = max(numbers["step"] + 1, last.get(done, 0.0))
+        return last
+
+    @cached_property
+    def steps_per_epoch(self) -> float | None:
+        """Optimizer steps of an epoch, the median if they differ; None before the first has ended."""
+        return float(np.median([steps / epochs for epochs, steps in self._ends.items()])) if self._ends else None
+
+    def _epochs_after(self, steps: float) -> float:
+        """Return how many epochs were done after so many steps: epochs of a resumed run may have different lengths."""
+        knots = [(0.0, 0.0)]
+        for epochs, made in sorted(self._ends.items()):
+            if epochs > knots[-1][0] and made > knots[-1][1]:
+                knots.append((epochs, made))
+        at = next((n for n, (_, made) in enumerate(knots) if steps <= made and n), len(knots) - 1)
+        (before, begin), (after, end) = knots[at - 1], knots[at]
+        return before + (after - before) * (steps - begin) / (end - begin)
 
     @property
     def unit(self) -> str:
@@ -238,7 +254,7 @@ class RunFiles:
         if self.steps_per_epoch is None:
             return step
         measured = any(name.startswith(("train/", "val/", "test/", "target/", "oracle/")) for name in numbers)
-        return (step + measured) / self.steps_per_epoch
+        return self._epochs_after(step + measured)
 
 
 def find_run(what: str, root: Path) -> Path:

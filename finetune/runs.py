@@ -22,6 +22,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers.csv_logs import CSVLogger, ExperimentWriter
 
 from finetune.errors import CheckpointError, ConfigError, did_you_mean
+from finetune.escaping import column
 from finetune.files import atomic_write, remove_leftovers
 from finetune.room import disk_error, tensor_bytes, unwritable
 
@@ -136,9 +137,9 @@ def drop_repeated(file: Path, until: int | None) -> list[str]:
     kept = [row for row in kept if until is None or int(row["step"]) < until]
     with atomic_write(file) as partial, partial.open("w", newline="") as handle:
         writer = csv.DictWriter(handle, fieldnames=columns)
-        writer.writeheader()
+        csv.writer(handle).writerow(column(name) for name in columns)
         writer.writerows(kept)
-    return columns
+    return [column(name) for name in columns]
 
 
 @contextlib.contextmanager
@@ -201,7 +202,8 @@ class RunLogger(CSVLogger):
             row: Metrics, with `step`.
         """
         self.experiment.go_on()
-        file, step, names = Path(self.log_dir, "metrics.csv"), int(row["step"]), set(row) - {"step", "epoch"}
+        file, step = Path(self.log_dir, "metrics.csv"), int(row["step"])
+        names = {column(name) for name in row} - {"step", "epoch"}
         there = []
         if file.is_file():
             with file.open(newline="") as handle:
@@ -224,7 +226,7 @@ class _Writer(ExperimentWriter):
     def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
         """Take a row."""
         self.go_on()
-        super().log_metrics(metrics_dict, step)
+        super().log_metrics({column(name): value for name, value in metrics_dict.items()}, step)
 
     def _check_log_dir_exists(self) -> None:
         """Keep what is there: the folder is ours, and Lightning would delete `metrics.csv`."""

@@ -100,7 +100,9 @@ class LastCheckpoint(Checkpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the row."""
-        self._row = dict(state_dict.get("row", {}))
+        row = state_dict.get("row")
+        numbers = isinstance(row, Mapping) and all(type(value) in (int, float) for value in row.values())
+        self._row = {str(name): value for name, value in row.items()} if isinstance(row, Mapping) and numbers else {}
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Save if a signal came that also ended the processes which read pictures, so that the next step never began."""

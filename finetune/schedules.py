@@ -29,12 +29,12 @@ class Schedule:
 
     name: ScheduleName
     total: int
-    warmup: int = 0
+    warmup: float = 0
     floor: float = 0.0
     milestones: Sequence[float] = (1 / 3, 2 / 3)
     drop: float = 0.1
 
-    def __call__(self, step: int) -> float:
+    def __call__(self, step: float) -> float:
         """Return the factor of a step, counted from 0.
 
         >>> [round(Schedule("cosine", total=6, warmup=2)(step), 3) for step in range(6)]
@@ -51,7 +51,7 @@ class Schedule:
         return self.floor + (1 - self.floor) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def ramp(step: int, start: int, length: int) -> float:
+def ramp(step: float, start: float, length: int) -> float:
     """Return the factor that brings a newly unfrozen stage in: linear from its first step to 1 after `length` steps.
 
     >>> [ramp(step, start=4, length=2) for step in (4, 5, 6)]

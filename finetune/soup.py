@@ -10,6 +10,7 @@ import lightning as L
 import torch
 
 from finetune import checkpoints
+from finetune.console import tell
 from finetune.errors import CheckpointError
 from finetune.files import atomic_write
 from finetune.room import tensor_bytes, unwritable
@@ -39,9 +40,8 @@ class BestEpochs(MeasuredCheckpoint):
         """
         ranked = sorted(self.best_k_models.items(), key=lambda item: float(item[1]), reverse=self.mode == "max")
         if len(ranked) < 2:
-            trainer.print(
-                f"warning: There is no average of the best epochs: found {len(ranked)} measured, expected at least 2."
-            )
+            text = f"There is no average of the best epochs: found {len(ranked)} measured, expected at least 2."
+            tell(trainer, f"warning: {text}")
             return None
         fault = None
         if trainer.is_global_zero:
@@ -50,10 +50,10 @@ class BestEpochs(MeasuredCheckpoint):
             except CheckpointError as error:
                 fault = f"warning: There is no average of the best epochs. {error}"
         if fault := trainer.strategy.broadcast(fault):
-            trainer.print(fault)
+            tell(trainer, fault)
             return None
         if not str(self.monitor).startswith("val/"):  # what training measures, a finished model has no value of
-            trainer.print(f"warning: {self.monitor} is not measured in validation, so {self.soup.name} was not compared.")
+            tell(trainer, f"warning: {self.monitor} is not measured in validation, so {self.soup.name} was not compared.")
             return None
         loggers, trainer.loggers = trainer.loggers, []
         try:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune.console import say
 from finetune.escaping import shown
 from finetune.positioned import PositionedDataModule
 from finetune.run_split import RunSplit, facts_of, split_of
@@ -73,7 +74,7 @@ class SplitDataModule(PositionedDataModule):
     def tell_changes(self) -> None:
         """Print how the images differ from those of the run, if they do."""
         if self.changes and (self.trainer is None or self.trainer.is_global_zero):
-            print(
+            say(
                 f"warning: The images of {shown(str(self.split_root))} have changed since the run was started: "
                 f"{describe(self.changes)}. What was trained on is not measured, and what was held out is not trained on."
             )
@@ -120,7 +121,7 @@ def _warn_of_copies(images: Sequence[Image]) -> None:
     copies = [image.file for image in images if image.split in ("val", "test") and image.digest in trained]
     if copies:
         named = ", ".join(map(shown, copies[:3])) + (", …" if len(copies) > 3 else "")
-        print(
+        say(
             f"warning: {len(copies)} held-out images are copies of training images ({named}): metrics will be better than the "
             "model is. Remove the copies; resnet-finetune check lists them."
         )

@@ -84,7 +84,8 @@ class StagedModule(L.LightningModule):
                 f"Expected pictures as uint8, or as float between 0 and 1; found float between {low:.3g} and {high:.3g}. "
                 "The module applies mean and standard deviation itself: leave Normalize out of your transforms."
             )
-        return images.sub(self.mean).div_(self.std).contiguous(memory_format=self.memory_layout)
+        normalised = images.sub(self.mean).div_(self.std)
+        return normalised.to(self.mean.dtype).contiguous(memory_format=self.memory_layout)
 
     def features(self, images: Tensor | Kept) -> Tensor:
         """Map pictures (N, 3, H, W), or what was kept of them, to what the head sees (N, C)."""

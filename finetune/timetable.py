@@ -1,9 +1,15 @@
-"""The timetable of a run: which stage trains when, and by what factor its learning rate is multiplied at each step."""
+"""The timetable of a run: which stage trains when, and by what factor its learning rate is multiplied at each step.
+
+Progress is counted in epochs and the share of the present one, never in steps since the start: epochs that are behind may have
+had more or fewer of them. Only what the user gave in steps (warmup_steps, max_steps) is counted in the steps that were made.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from math import ceil
 from typing import Any
 
 import lightning as L
@@ -11,6 +17,8 @@ from tabulate import tabulate
 
 from finetune.errors import ConfigError
 from finetune.freezing import Phase, phase_at, plan, started
+from finetune.pace import Lengths, Pace, lengths_of
+from finetune.place import Place
 from finetune.schedules import Schedule, ramp
 
 ENDLESS = 10_000  # epochs, where the length is not known yet or does not matter
@@ -18,15 +26,19 @@ ENDLESS = 10_000  # epochs, where the length is not known yet or does not matter
 
 @dataclass(frozen=True)
 class Timetable:
-    """Which stage trains when and by what factor: a pure function of the step.
+    """Which stage trains when and by what factor: a pure function of the place in the run.
 
     Attributes:
         phases: The freezing phases of the run.
-        schedule: The factor that all training stages share.
-        steps_per_epoch: Optimizer steps of an epoch.
+        schedule: The factor that all training stages share, over the steps of a run whose epochs all have `steps_per_epoch`;
+            over the steps that were made if `by_steps`.
+        steps_per_epoch: Optimizer steps of the present epoch.
         ramp_steps: Steps over which a newly unfrozen stage comes in.
         stages: Names of all stages in the order of the network, the head last.
         epochs: How many epochs the run has.
+        warmup_steps: Steps of linear warm-up in steps that were made, or 0 if its length was given in epochs.
+        by_steps: Whether it is a number of steps that ends the run.
+        pace: How epochs and steps of the run belong together; None where a loader has no length.
     """
 
     phases: tuple[Phase, ...]
@@ -35,16 +47,42 @@ class Timetable:
     ramp_steps: int
     stages: tuple[str, ...]
     epochs: int = 0
+    warmup_steps: int = 0
+    by_steps: bool = False
+    pace: Pace | None = None
 
     def factor(self, stage: str, step: int) -> float:
-        """Return the factor of a stage's learning rate at a step, counted from 0; it is 0 while the stage is frozen."""
+        """Return the factor of a stage's rate at a step, counted from 0, of a run whose epochs are all like the present one."""
+        return self.factor_at(stage, Place(*divmod(step, self.steps_per_epoch), step))
+
+    def factor_at(self, stage: str, place: Place) -> float:
+        """Return the factor of a stage's learning rate at a place in the run; it is 0 while the stage is frozen."""
         if stage not in self.stages:
-            return self.schedule(step)
-        since = started(self.phases, stage, step // self.steps_per_epoch)
+            return self._shared(place)
+        since = started(self.phases, stage, place.epoch)
         if since is None:
             return 0.0
-        begin = since * self.steps_per_epoch
-        return self.schedule(step) * (ramp(step, begin, self.ramp_steps) if begin else 1.0)
+        joined = ramp(self._steps(place, since), 0, self.ramp_steps) if since else 1.0
+        return self._shared(place) * joined
+
+    def _shared(self, place: Place) -> float:
+        if place.made < self.warmup_steps:
+            return (place.made + 1) / self.warmup_steps
+        step = place.made if self.by_steps else self._steps(place)
+        return self.schedule(max(step, self.schedule.warmup) if self.warmup_steps else step)
+
+    def _steps(self, place: Place, since: int = 0) -> float:
+        """Return the steps from the beginning of an epoch to a place, were all epochs like the present one."""
+        steps = (place.epoch - since) * self.steps_per_epoch + place.done
+        return steps if isinstance(steps, int) else float(steps)
+
+    def since_phase(self, place: Place) -> float:
+        """Return how many steps of the present length the phase of a place is old."""
+        return self._steps(place, phase_at(self.phases, place.epoch).start)
+
+    def share(self, place: Place) -> float:
+        """Return which share of the run is done at a place."""
+        return min(1.0, self._steps(place) / max(1, self.epochs * self.steps_per_epoch))
 
     def table(self, groups: Sequence[Mapping[str, Any]]) -> str:
         """Return the table that is printed before training: stage, parameters, learning rate, what trains in which epochs.
@@ -62,7 +100,7 @@ class Timetable:
 
     def _long_warmup(self) -> str:
         warmup, total = self.schedule.warmup, self.schedule.total
-        if warmup <= total / 2:
+        if warmup <= total / 2 or (self.pace is not None and len(self.pace.knots) > 1):  # or other steps are behind
             return ""
         return (
             f"\nwarning: the learning rate rises in {warmup} of the run's {total} steps and hardly gets to work. Lower "
@@ -137,32 +175,91 @@ def run_length(trainer: L.Trainer, steps_per_epoch: int | None = None) -> int:
     return min(int(limit) for limit in limits if limit)
 
 
-def build_timetable(trainer: L.Trainer, stages: Sequence[str], options: Mapping[str, Any]) -> Timetable:
-    """Work out the timetable when training starts and the length of an epoch is known.
+def build_timetable(
+    trainer: L.Trainer,
+    stages: Sequence[str],
+    options: Mapping[str, Any],
+    place: Place | None = None,
+    knots: Sequence[tuple[Fraction, int]] = (),
+) -> Timetable:
+    """Work out the timetable when training starts, or the length of an epoch changes, and that length is known.
 
     Args:
         trainer: The trainer, whose training loader is ready.
         stages: Names of all stages in the order of the network, the head last.
         options: freezing, schedule, warmup_epochs, warmup_steps, ramp_epochs, min_lr_ratio, step_milestones, step_drop.
+        place: Where training stands, if not at the start.
+        knots: Up to where in the run epochs had other lengths, see `Pace`.
 
     Raises:
         ConfigError: If the run has no known length, or the policy has a phase that would never run.
     """
-    batches = trainer.num_training_batches
-    per_epoch = None if batches == float("inf") else -(-int(batches) // trainer.accumulate_grad_batches)
-    epochs = run_length(trainer, per_epoch)
-    phases = plan(options["freezing"], stages, epochs)
-    if per_epoch is None:
-        if len(phases) > 1 or trainer.max_steps <= 0:
-            raise ConfigError("A loader without length needs trainer.max_steps and a freezing policy of one phase.")
-        per_epoch, epochs = trainer.max_steps, 1
-    total = per_epoch * epochs if trainer.max_steps <= 0 else min(per_epoch * epochs, trainer.max_steps)
-    schedule = Schedule(
+    place = place or Place()
+    lengths = lengths_of(trainer)
+    if lengths is None:
+        return _endless(trainer, stages, options)
+    per_epoch = Pace(lengths).length(place.epoch)
+    pace = Pace(lengths, _behind(place, per_epoch, lengths, knots))
+    epochs, by_steps = run_length(trainer, per_epoch), False
+    if trainer.max_steps > 0 and not getattr(trainer, "fast_dev_run", False):
+        reached = max(place.epoch + 1, ceil(pace.epochs_after(trainer.max_steps)))
+        limit = trainer.max_epochs or -1
+        epochs = min(reached, limit) if limit > 0 else reached
+    if trainer.max_steps > 0:
+        by_steps = (trainer.max_epochs or -1) <= 0 or trainer.max_steps < pace.steps_after(epochs)
+    total = trainer.max_steps if by_steps else per_epoch * epochs
+    given = min(options["warmup_steps"], total if by_steps else ceil(pace.steps_after(epochs)))
+    if by_steps:
+        warmup = given or round(float(pace.steps_after(options["warmup_epochs"])))
+    else:
+        warmup = pace.epochs_after(given) * per_epoch if given else round(options["warmup_epochs"] * per_epoch)
+    return Timetable(
+        plan(options["freezing"], stages, epochs),
+        _schedule(options, total, int(warmup) if warmup == int(warmup) else float(warmup)),
+        per_epoch,
+        max(1, round(options["ramp_epochs"] * per_epoch)),
+        tuple(stages),
+        epochs,
+        given,
+        by_steps,
+        pace,
+    )
+
+
+def _endless(trainer: L.Trainer, stages: Sequence[str], options: Mapping[str, Any]) -> Timetable:
+    """Return the timetable of a run whose loader has no length: its steps are one long epoch."""
+    epochs = run_length(trainer)
+    if trainer.max_steps <= 0 or len(plan(options["freezing"], stages, epochs)) > 1:
+        raise ConfigError("A loader without length needs trainer.max_steps and a freezing policy of one phase.")
+    steps = trainer.max_steps
+    warmup = options["warmup_steps"] or round(options["warmup_epochs"] * steps)
+    return Timetable(
+        plan(options["freezing"], stages, epochs),
+        _schedule(options, steps, warmup),
+        steps,
+        max(1, round(options["ramp_epochs"] * steps)),
+        tuple(stages),
+        epochs=1,
+        by_steps=True,
+    )
+
+
+def _schedule(options: Mapping[str, Any], total: int, warmup: float) -> Schedule:
+    return Schedule(
         options["schedule"],
         total=total,
-        warmup=min(options["warmup_steps"] or round(options["warmup_epochs"] * per_epoch), total),
+        warmup=min(warmup, total),
         floor=options["min_lr_ratio"],
         milestones=options["step_milestones"] or (1 / 3, 2 / 3),
         drop=options["step_drop"],
     )
-    return Timetable(phases, schedule, per_epoch, max(1, round(options["ramp_epochs"] * per_epoch)), tuple(stages), epochs)
+
+
+def _behind(
+    place: Place, per_epoch: int, lengths: Lengths, knots: Sequence[tuple[Fraction, int]]
+) -> tuple[tuple[Fraction, int], ...]:
+    """Return the knots of what is behind a place, the place itself the last of them."""
+    here = (place.epoch + Fraction(place.done) / per_epoch, place.made)
+    before = tuple(knot for knot in knots if knot[0] < here[0] and knot[1] <= here[1]) or ((Fraction(0), 0),)
+    as_now = Pace(lengths, before).steps_after(here[0]) == here[1]  # nothing has changed
+    return before if as_now else (*before, here)

@@ -21,6 +21,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from PIL import Image
 
 from finetune import checkpoints, figures
+from finetune.console import say
 from finetune.defaults import RunOptions
 from finetune.errors import ConfigError, did_you_mean
 from finetune.record import RunRecord
@@ -251,7 +252,7 @@ def _drawn(run: Path) -> dict[str, Pixels]:
     try:
         return {name: rasterise(figure) for name, figure in figures.of_run(run).items()}
     except Exception as error:  # whatever is wrong with a figure, the training is done
-        print(f"warning: The figures could not be drawn ({type(error).__name__}: {error}).")
+        say(f"warning: The figures could not be drawn ({type(error).__name__}: {error}).")
         return {}
 
 

@@ -8,7 +8,8 @@ import warnings
 import lightning as L
 
 from finetune.arguments import resolve
-from finetune.closing import say
+from finetune.closing import say_once
+from finetune.console import say
 from finetune.defaults import trainer_defaults
 from finetune.parser import Parser, called_as, own_errors
 from finetune.recipe_choice import choose_recipe
@@ -29,7 +30,7 @@ def run(words: list[str], called: str | None = None, cli: type[FinetuneCLI] | No
         cli: What carries it out; FinetuneCLI unless given.
     """
     if {"-h", "--help"} & set(words):
-        print(help_text(called or words[0]))
+        say(help_text(called or words[0]))
         return
     words = ["--help" if word == "--help_all" else word for word in words]
     typed = {word.partition("=")[0] for word in words}
@@ -37,7 +38,7 @@ def run(words: list[str], called: str | None = None, cli: type[FinetuneCLI] | No
     choice = choose_recipe(words[1:]) if words[0] == "fit" else None
     if choice is not None:
         recipe, reason = choice
-        say(f"recipe {recipe}: {reason} (another: --config NAME; resnet-finetune recipes lists them)")
+        say_once(f"recipe {recipe}: {reason} (another: --config NAME; resnet-finetune recipes lists them)")
         words = ["fit", "--config", recipe, *words[1:]]
     asked, words = words, _with_default_classes(resolve(words))
     for name in ("lightning.pytorch", "lightning.fabric"):

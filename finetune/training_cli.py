@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from finetune import checkpoints, hardware, progress, slurm
 from finetune.averaging import kind_of_average, refuse_other_average
-from finetune.closing import close_run, metric_table, say
+from finetune.closing import close_run, metric_table, say_once
 from finetune.defaults import RunOptions
 from finetune.errors import CheckpointError, ConfigError, FinetuneError
 from finetune.finite import require_finite
@@ -163,11 +163,11 @@ class FinetuneCLI(LightningCLI):
         self.average = kind_of_average(inside)
         self.stored = {key: inside.get(key) for key in ("hyper_parameters", "datamodule_hyper_parameters", checkpoints.KEY)}
         if self.subcommand == "fit":
-            say(f"Resuming {as_typed(checkpoint)}: {progress_text(inside)}.")
+            say_once(f"Resuming {as_typed(checkpoint)}: {progress_text(inside)}.")
             if older := warning_of_older(checkpoint, inside):
-                say(older)
+                say_once(older)
             if 0 < (config.trainer.max_epochs or -1) <= done:
-                say(f"Nothing is left to train; --trainer.max_epochs above {done} would go on.")
+                say_once(f"Nothing is left to train; --trainer.max_epochs above {done} would go on.")
 
     def after_instantiate_classes(self) -> None:
         """Let the saved configuration say what was given, not what a resumed run made of it."""
@@ -192,7 +192,7 @@ class FinetuneCLI(LightningCLI):
         for name, value in _FROM_RANDOM.items():
             if f"--model.{name}" not in self.typed:
                 options[name] = value
-        say(
+        say_once(
             f"\n*** No pretrained weights for {options.backbone} can be had: none came along, and the hub does not answer.\n"
             "*** As this is only the built-in data, training starts from RANDOM weights, and everything trains instead of\n"
             "*** what the recipe freezes. For your own pictures give weights: --model.weights FILE (docs/weights.md)\n"
@@ -219,7 +219,7 @@ class FinetuneCLI(LightningCLI):
         parse_names(options.track)  # before there is a folder
         self._warn_of_emulation(config["precision"])
         if settled := settle_processes(config):
-            say(settled)
+            say_once(settled)
         config["strategy"] = choose_strategy(config["strategy"], self.model, processes_of(config))
         if config["enable_progress_bar"] is None:
             config["enable_progress_bar"] = progress.wanted()
@@ -265,7 +265,7 @@ class FinetuneCLI(LightningCLI):
     @staticmethod
     def _warn_of_emulation(precision: Any) -> None:
         if str(precision).startswith("bf16") and hardware.bf16_is_emulated():
-            say("warning: this machine computes bfloat16 in software: --trainer.precision 32-true is many times faster")
+            say_once("warning: this machine computes bfloat16 in software: --trainer.precision 32-true is many times faster")
 
     def fit(self, **kwargs: Any) -> None:
         """Train; when interrupted, say how to go on."""
@@ -274,7 +274,7 @@ class FinetuneCLI(LightningCLI):
             checkpoints.refuse_other_options(self.stored["hyper_parameters"] or {}, self.model.hparams)
             facts = checkpoints.run_facts(self.trainer)
             for warning in filter(None, (compare_data(self.stored, self.datamodule), compare_run(self.stored, facts))):
-                say(warning)
+                say_once(warning)
             self._tell_changes()
         if self.kept is not None:
             self.kept.tracking.config = flat_options(self.config[self.subcommand].as_dict(), self.model)
@@ -304,7 +304,7 @@ class FinetuneCLI(LightningCLI):
         asked = self.kept.last.interrupts.asked if self.kept is not None and self.kept.last is not None else None
         run = None if self.run_folder is None else Path(as_typed(self.run_folder))
         if stop_signal(error) or (asked and not isinstance(error, FinetuneError)):
-            say(how_to_go_on(run))
+            say_once(how_to_go_on(run))
             raise SystemExit(code_of(error, asked)) from None
         if run is not None and is_full(error) and not isinstance(error, FinetuneError):
             raise CheckpointError(f"{unwritable(run, error, 0)}{how_to_go_on(run)}") from error
@@ -329,13 +329,13 @@ class FinetuneCLI(LightningCLI):
         """Validate and print the metrics."""
         self._require_loader("val_dataloader", "validation")
         self._tell_changes()
-        say(metric_table(self.trainer.validate(**{**kwargs, "verbose": False})))
+        say_once(metric_table(self.trainer.validate(**{**kwargs, "verbose": False})))
 
     def test(self, **kwargs: Any) -> None:
         """Test and print the metrics."""
         self._require_loader("test_dataloader", "test")
         self._tell_changes()
-        say(metric_table(self.trainer.test(**{**kwargs, "verbose": False})))
+        say_once(metric_table(self.trainer.test(**{**kwargs, "verbose": False})))
 
     def _require_loader(self, name: str, purpose: str) -> None:
         """Refuse to measure where the data module has nothing for it, which Lightning would answer with a traceback."""

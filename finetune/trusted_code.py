@@ -3,21 +3,24 @@
 A file from elsewhere may name anything that is installed: `os.system` as a callback, a function that unpickles as a backbone.
 What may be named without asking is what this toolkit is made of, what lies in the working folder, and what the user typed. All
 else is refused before it is imported, by a message that shows it, until the user says `--trust PACKAGE`, or in Python
-`trust("package")`. Python's own library is never named.
+`trust("package")`. Python's own library is never named. Only the arguments of the command as it was started count as typed.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import functools
+import inspect
+import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 from finetune.errors import ConfigError
+from finetune.own_modules import module_in, spec_elsewhere
 
 KNOWN = (
     *("finetune", "lightning", "pytorch_lightning", "timm", "torchmetrics"),
@@ -26,7 +29,8 @@ KNOWN = (
 """Libraries whose classes may be named; the whole of torch would include functions that unpickle."""
 
 _DOTTED = re.compile(r"\b[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+")
-_OF_CODE = re.compile(r"^--(model|data)$|^--trainer\.|\.class_path$|backbone$")  # options whose values name classes
+# options whose values name classes
+_OF_CODE = re.compile(r"^--(model|data)$|^--trainer\.|\.class_path$|(backbone|adaptation)$")
 _INSTALLED = ("site-packages", "dist-packages")
 _trusted: set[str] = set()
 _guarded: ContextVar[frozenset[str] | None] = ContextVar("guarded", default=None)
@@ -51,14 +55,22 @@ def guarding(typed: Iterable[str] = (), packages: Iterable[str] = ()) -> Iterato
     """Refuse code that is not known to be harmless, see `require_trusted`; what is trusted around this block is so within.
 
     Args:
-        typed: The words that the user typed: packages of classes that are named in them are trusted.
+        typed: The words that the user typed: packages of classes that are named in them are trusted. Nobody types within
+            another such block, so there they count for nothing.
         packages: Other packages to trust.
     """
-    token = _guarded.set(frozenset({*_packages(typed), *packages}) | (_guarded.get() or frozenset()))
+    around = _guarded.get()
+    named = _packages(typed) if around is None else ()
+    token = _guarded.set(frozenset({*named, *packages}) | (around or frozenset()))
     try:
         yield
     finally:
         _guarded.reset(token)
+
+
+def is_guarded() -> bool:
+    """Say whether this is called within `guarding`, as code that a configuration or a checkpoint names is."""
+    return _guarded.get() is not None
 
 
 def _packages(words: Iterable[str]) -> Iterator[str]:
@@ -128,7 +140,7 @@ def refusal(path: str) -> str:
 
 
 def require_all_trusted(values: Any) -> None:
-    """Make sure that all classes and backbones that are named at any depth of a configuration may be imported.
+    """Make sure that all classes, functions and backbones that stand at any depth of a configuration may be named.
 
     Raises:
         ConfigError: If one may not.
@@ -142,6 +154,18 @@ def require_all_trusted(values: Any) -> None:
     elif isinstance(values, list | tuple):
         for value in values:
             require_all_trusted(value)
+    elif inspect.isroutine(values) or isinstance(values, functools.partial):
+        _require_harmless(values)
+
+
+def _require_harmless(function: Callable[..., Any]) -> None:
+    """Refuse what a configuration hands over to be called, if it is of Python's library or one of our own functions."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    path = f"{getattr(function, '__module__', None) or 'builtins'}.{getattr(function, '__qualname__', '')}"
+    require_trusted(path)
+    if path.startswith("finetune."):
+        raise ConfigError(f"'{path}' is a function of this toolkit. No configuration may have it called: leave it out.")
 
 
 def _is_trusted(path: str) -> bool:
@@ -159,21 +183,17 @@ def _is_loaded_network(path: str) -> bool:
 
 
 def _exists(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is not None
-    except (ImportError, ValueError, AttributeError):
-        return package in sys.modules
+    return package in sys.modules or spec_elsewhere(package) is not None
 
 
 def in_working_folder(package: str) -> bool:
     """Say whether a package that is not installed would be imported from the working folder, or from below it."""
     if package in sys.stdlib_module_names:
         return False
-    try:
-        spec = importlib.util.find_spec(package)
-    except (ImportError, ValueError, AttributeError):
-        return False
-    places = [] if spec is None else [spec.origin] if spec.has_location else list(spec.submodule_search_locations or [])
+    spec = spec_elsewhere(package)
+    if spec is None:
+        return module_in(os.getcwd(), package) is not None
+    places = [spec.origin] if spec.has_location else list(spec.submodule_search_locations or [])
     here = Path.cwd().resolve()
     found = [Path(place).resolve() for place in places if place]
     return bool(found) and all(place.is_relative_to(here) and not set(_INSTALLED) & set(place.parts) for place in found)

@@ -13,6 +13,8 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 
+from finetune.console import tell
+
 
 class ValidationSchedule(Callback):
     """Validate at the end of a run, and of an epoch that was validated within; remember what the last validation measured.
@@ -55,14 +57,15 @@ class ValidationSchedule(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print when validation runs, if that is not after every epoch."""
         if has_validation(trainer) and getattr(trainer, "overfit_batches", False):
-            pl_module.print("note: trainer.overfit_batches lets training and validation see the same few images")
+            tell(pl_module, "note: trainer.overfit_batches lets training and validation see the same few images")
         elif has_validation(trainer) and (isinstance(trainer.limit_val_batches, int) or trainer.limit_val_batches < 1):
-            pl_module.print(
-                "note: trainer.limit_val_batches leaves images out: val/ metrics are of a part, the same in every epoch"
+            tell(
+                pl_module,
+                "note: trainer.limit_val_batches leaves images out: val/ metrics are of a part, the same in every epoch",
             )
         every, epochs = trainer.check_val_every_n_epoch or 1, trainer.max_epochs or -1
         if every > 1 and epochs > 0 and epochs % every and has_validation(trainer):
-            pl_module.print(f"note: validation runs every {every} epochs, and after the last one")
+            tell(pl_module, f"note: validation runs every {every} epochs, and after the last one")
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Let a validation follow the last step of a run, and of an epoch that was validated within."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+from finetune.console import say
 from finetune.errors import did_you_mean
 from finetune.recipe_files import copy_recipe, list_recipes
 
@@ -23,7 +23,7 @@ class _Parser(argparse.ArgumentParser):
             word = message.removeprefix(prefix).split()[0]
             options = [text for action in self._actions for text in action.option_strings]
             message = f"There is no option '{word}'.{did_you_mean(word.split('=')[0], options)}"
-        print(f"error: {message}\nFor all options: {self.prog} --help", file=sys.stderr)
+        say(f"error: {message}\nFor all options: {self.prog} --help", error=True)
         raise SystemExit(2)
 
 
@@ -36,9 +36,9 @@ def _recipes(words: Sequence[str]) -> None:
     if options.copy:
         name, target = options.copy
         command = copy_recipe(name, Path(target))
-        print(f"Copied to {target}. Use it with: {command}")
+        say(f"Copied to {target}. Use it with: {command}")
     else:
-        print(list_recipes())
+        say(list_recipes())
 
 
 def _stages(words: Sequence[str]) -> None:
@@ -49,7 +49,7 @@ def _stages(words: Sequence[str]) -> None:
     options = parser.parse_args(words)
     from finetune.boundaries import stage_table
 
-    print(stage_table(options.backbone, options.num_classes, options.input))
+    say(stage_table(options.backbone, options.num_classes, options.input))
 
 
 def _weights(words: Sequence[str]) -> None:
@@ -62,7 +62,7 @@ def _weights(words: Sequence[str]) -> None:
     options = parser.parse_args(words)
     from finetune.weight_list import weights_table
 
-    print(weights_table(options.backbone))
+    say(weights_table(options.backbone))
 
 
 def _reuse(words: Sequence[str]) -> None:
@@ -76,7 +76,7 @@ def _reuse(words: Sequence[str]) -> None:
     options = parser.parse_args(words)
     from finetune.store import clear_kept, kept_table
 
-    print(clear_kept(options.unused) if options.clear else kept_table(options.unused))
+    say(clear_kept(options.unused) if options.clear else kept_table(options.unused))
 
 
 def _predict(words: Sequence[str]) -> None:
@@ -218,7 +218,7 @@ def _report(words: Sequence[str]) -> None:
     options = parser.parse_args(words)
     from finetune.comparison import report
 
-    print(report(options.runs, options.out))
+    say(report(options.runs, options.out))
 
 
 class Verb(NamedTuple):

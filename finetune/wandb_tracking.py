@@ -24,9 +24,11 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import WandbLogger
 from msgspec import Meta
 
+from finetune.console import say
 from finetune.defaults import RunOptions
 from finetune.files import write_atomically
 from finetune.mistakes import Mistake, mistakes_of
+from finetune.own_modules import outside_working_folder
 from finetune.runs import CHECKPOINTS, CONFIG
 from finetune.schema import read_json
 from finetune.thumbnails import thumbnail
@@ -126,11 +128,11 @@ class WandbTracker(WandbLogger):
             sent = False
         folder = shlex.quote(os.path.relpath(self.run / "wandb"))
         if run.settings.mode in ("offline", "dryrun"):
-            print(f"W&B    kept on this machine; to send it: wandb sync {folder}")
+            say(f"W&B    kept on this machine; to send it: wandb sync {folder}")
         elif sent and not self._lost:
-            print(f"W&B    {run.url}")
+            say(f"W&B    {run.url}")
         elif run.settings.mode != "disabled":
-            print(f"W&B    not all of it was sent; to send the rest: wandb sync --include-online {folder}")
+            say(f"W&B    not all of it was sent; to send the rest: wandb sync --include-online {folder}")
 
     # ------------------------------------------------------------------------------------------------------- private
 
@@ -145,14 +147,15 @@ class WandbTracker(WandbLogger):
             yield
         except Exception as error:  # whatever it is, it is not worth a training run
             if not self._lost:
-                print(f"warning: W&B failed ({_first_line(error)}); training goes on, and metrics.csv has everything.")
+                say(f"warning: W&B failed ({_first_line(error)}); training goes on, and metrics.csv has everything.")
             self._lost = True
 
     def _start(self) -> Any:
         """Begin or go on with a W&B run, on this machine only where it cannot be sent."""
         import wandb
 
-        settings = wandb.setup().settings
+        with outside_working_folder():  # its settings there could name another server
+            settings = wandb.setup().settings
         reason = self._why_offline(settings)
         if reason is None:
             try:
@@ -160,7 +163,7 @@ class WandbTracker(WandbLogger):
             except (wandb.Error, TimeoutError, OSError, ValueError) as error:
                 reason = _first_line(error)
         if reason is not None:
-            print(f"W&B: the run is kept on this machine ({reason}).")
+            say(f"W&B: the run is kept on this machine ({reason}).")
             run = self._init("offline")
         self._id = run.id
         if settings.mode != "disabled":

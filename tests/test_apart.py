@@ -32,7 +32,8 @@ def main(words=None):
 
 
 def package(folder, monkeypatch):
-    """A package of the same name in the working folder: what is started there instead of a training."""
+    """A package of the same name in a folder where Python is told to look: it is started instead of a training."""
+    monkeypatch.setenv("PYTHONPATH", str(folder))
     (folder / "finetune").mkdir()
     (folder / "finetune" / "__init__.py").touch()
     (folder / "finetune" / "__main__.py").write_text(textwrap.dedent(STANDING_IN) + "\nmain()\n")

@@ -97,3 +97,17 @@ def test_a_picture_that_stands_in_an_epoch_several_times_looks_different_each_ti
     assert len(set(shown)) == len(shown)
     again = [image.numpy().tobytes() for batch in data.train_dataloader() for image in batch["image"][batch["label"] == 0]]
     assert again == shown
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_an_epoch_that_began_with_other_batches_goes_on_with_the_images_that_are_left(world):
+    pictures = PictureDataset(Path(), [("", 0)] * 48, lambda image: image)
+    whole = [index for _, index in TrainSampler(pictures, 2, 0, lambda: (3, 0))]
+    # 10 images were shown; 2 batches of `world` x 4 say 8 x world, so the rest begins 10 - 8 x world further on
+    ranks = [
+        [index for _, index in TrainSampler(pictures, 4, 0, lambda: (3, 2), world, rank, shift=lambda _: 10 - 8 * world)]
+        for rank in range(world)
+    ]
+    together = [index for several in zip(*ranks, strict=False) for index in several]
+    assert together == whole[10 : 10 + len(together)]
+    assert len(together) > 38 - world

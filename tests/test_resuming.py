@@ -4,12 +4,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
 from tiny import NETWORK
 
 import finetune
 from finetune import CheckpointError
+from finetune.checkpoints import run_facts
 from finetune.main import main
 from finetune.resuming import compare_data, compare_run, progress_text
 
@@ -93,6 +96,86 @@ def test_options_that_differ_are_named(run, capsys):
         assert line in said.partition("does not go on exactly")[2]
     assert "workers: " not in said
     assert "split_seed: " not in said  # these pictures are divided already
+
+
+def facts(monitor="val/acc", patience=None, **options):
+    """What a checkpoint of a run with these options says of it."""
+    kept = [ModelCheckpoint(monitor=monitor, mode="min" if "loss" in monitor else "max")]
+    kept += [EarlyStopping(monitor, patience=patience)] if patience else []
+    given = {"accelerator": "cpu", "logger": False, "callbacks": kept, "max_epochs": 6, **options}
+    return run_facts(L.Trainer(**given))
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "lines"),
+    [
+        ({}, {"precision": "bf16-mixed"}, ["precision: '32-true' in the checkpoint, 'bf16-mixed' now"]),
+        (
+            {},
+            {"gradient_clip_val": 0.5},
+            [
+                "gradient_clip_val: None in the checkpoint, 0.5 now",
+                "gradient_clip_algorithm: None in the checkpoint, 'norm' now",
+            ],
+        ),
+        (
+            {"gradient_clip_val": 1},
+            {"gradient_clip_val": 1.0, "gradient_clip_algorithm": "value"},
+            ["gradient_clip_algorithm: 'norm' in the checkpoint, 'value' now"],
+        ),
+        ({}, {"limit_train_batches": 1}, ["limit_train_batches: '1.0' in the checkpoint, '1' now"]),  # one batch, not all
+        ({}, {"limit_val_batches": 0.5}, ["limit_val_batches: '1.0' in the checkpoint, '0.5' now"]),
+        (
+            {},
+            {"monitor": "val/loss"},
+            [
+                "monitor: 'val/acc' in the checkpoint, 'val/loss' now",
+                "mode: 'max' in the checkpoint, 'min' now",
+                "best.ckpt becomes the best of the epochs from here on.",
+            ],
+        ),
+        ({"patience": 3}, {"patience": 5}, ["patience: 3 in the checkpoint, 5 now"]),
+        (
+            {},
+            {"max_epochs": 9},
+            [
+                "max_epochs: 6 in the checkpoint, 9 now",
+                "The schedule of the learning rate, and what is a share of the run, follow the new length.",
+            ],
+        ),
+        (
+            {"accumulate_grad_batches": 4},
+            {"callbacks": [GradientAccumulationScheduler({0: 4, 2: 1})]},
+            [
+                "accumulate_grad_batches: 4 in the checkpoint, {'0': 4, '2': 1} now",
+                "monitor: 'val/acc' in the checkpoint, None now",
+                "mode: 'max' in the checkpoint, None now",
+                "best.ckpt becomes the best of the epochs from here on.",
+            ],
+        ),
+        ({}, {}, None),
+        ({"gradient_clip_val": 0}, {}, None),
+    ],
+)
+def test_facts_of_the_run_that_differ_are_named_and_no_others(then, now, lines):
+    said = compare_run({"finetune": {"run": facts(**then)}}, facts(**now))
+    head = "warning: The run does not go on exactly as it would have:"
+    assert said == (lines and "\n  ".join([head, *lines]))
+    some = {"seed": 0, "precision": "32-true"}  # an older version wrote only these
+    assert compare_run({"finetune": {"run": some}}, {**some, "max_epochs": 9}) is None
+
+
+def test_the_command_names_facts_that_differ(run, capsys):
+    words = ["--trainer.precision", "bf16-mixed", "--trainer.gradient_clip_val", "1", "--run.monitor", "val/loss"]
+    main(["fit", "--ckpt_path", str(run), *words])  # nothing is left to train
+    said = capsys.readouterr().out.partition("does not go on exactly")[2]
+    for line in (
+        "precision: '32-true' in the checkpoint, 'bf16-mixed' now",
+        "monitor: 'val/acc' in the checkpoint, 'val/loss'",
+    ):
+        assert line in said
+    assert "gradient_clip_val: None in the checkpoint, 1" in said
+    assert "limit_train_batches" not in said
 
 
 class Data:

@@ -24,6 +24,23 @@ def test_curves_are_in_epochs_and_rates_by_step(past_run):
     assert files.at_best() == {"val/loss": pytest.approx(1 / 3), "val/acc": 0.8, "test/acc": 0.65}
 
 
+def test_epochs_of_different_lengths_are_equally_long_on_the_axis(tmp_path):
+    # two epochs of 8 steps, then, at a larger batch, two of 2 and the beginning of another
+    rows = [
+        *((step, "", 0.1, "") for step in (0, 4, 12, 16, 17, 19, 20, 21)),
+        (7, 0, "", 0.5),
+        (15, 1, "", 0.6),
+        (17, 2, "", 0.7),
+    ]
+    rows += [(19, 3, "", 0.8)]
+    lines = ["step,epoch,lr/head,val/acc", *(",".join(map(str, row)) for row in rows)]
+    (tmp_path / "metrics.csv").write_text("\n".join(lines) + "\n")
+    files = RunFiles(tmp_path)
+    np.testing.assert_allclose(files.rates["head"].x, [0, 0.5, 1.5, 2, 2.5, 3.5, 4, 4.5])
+    np.testing.assert_allclose(files.metrics["val/acc"], [[1, 2, 3, 4], [0.5, 0.6, 0.7, 0.8]])
+    assert files.epochs_done == 4
+
+
 @pytest.mark.parametrize(("monitor", "epoch"), [("val/acc", 2), ("val/loss", 3)])
 def test_the_best_epoch_without_a_record(past_run, monitor, epoch):
     run = past_run()
