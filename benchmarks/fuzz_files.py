@@ -136,7 +136,7 @@ def _change(holder: Any, key: Any, rng: random.Random) -> None:
         holder[key] = {"a": old} if rng.random() < 0.5 else [old]
     elif kind == 2:
         holder[key] = str(old)
-    elif kind == 3 and isinstance(old, int | float) and not isinstance(old, bool):
+    elif kind == 3 and isinstance(old, int | float) and not isinstance(old, bool) and abs(old) < 1e300:
         holder[key] = old * rng.choice([-1, 0, 1e9, 10**9, 1e300, 0.5])
     elif kind == 4 and isinstance(holder, dict):
         name = rng.choice([f"{key}_", "", "\0", "é" * 9, 0, "__class__", "class_path"])

@@ -122,7 +122,7 @@ class Memory:
                 self.lock.acquire()
             self.base = sqlite3.connect(self.path, isolation_level="IMMEDIATE")
             self._open()
-        except (OSError, sqlite3.Error):
+        except (OSError, ValueError, sqlite3.Error):  # ValueError: bytes that are no text
             self.base = sqlite3.connect(":memory:")
             self._open()
         self.pending = 0
@@ -154,7 +154,7 @@ class Memory:
             look = convert(found[1:], _Look, "what is known of an image", where=str(self.path))
             said = decode_json(look.said, list[Any], "what is known of an image", where=str(self.path))
             known = convert([*said, look.digest], Examined, "what is known of an image", where=str(self.path))
-        except (sqlite3.Error, FinetuneError):  # a damaged memory is none: the file is looked at again
+        except (sqlite3.Error, ValueError, FinetuneError):  # a damaged memory is none: the file is looked at again
             return None
         return known if look.full >= full and _state(root / file) == (look.size, look.time) else None
 
