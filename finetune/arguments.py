@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, FinetuneError
 from finetune.recipe_files import find_recipe
 from finetune.runs import CONFIG, RESUMED_CONFIG, find_checkpoint, run_of
+from finetune.schema import read_yaml
 
 _SECTIONS = {"model": "lr: 0.01", "data": "batch_size: 32", "trainer": "max_epochs: 10", "run": "patience: 3"}
 _COMMANDS = ("fit", "validate", "test")  # whose options may stand in a section of their own
@@ -62,8 +61,8 @@ def option_of(configs: Sequence[Path], *keys: str) -> Any:
     """
     for path in reversed(configs):
         try:
-            found: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            found: Any = read_yaml(path, dict[str, Any], "options")
+        except FinetuneError:
             continue  # somebody else says what is wrong with it
         for key in keys:
             found = found.get(key) if isinstance(found, dict) else None
@@ -91,15 +90,8 @@ def without(words: Sequence[str], option: str) -> list[str]:
 
 def _require_options(path: Path) -> Path:
     """Return the path of a configuration, or say where in it the mistake is."""
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is no text in UTF-8: {error.reason} at byte {error.start}.") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
-        raise ConfigError(f"{path}{where} is no YAML: {getattr(error, 'problem', None) or error}.") from error
-    if not isinstance(found, dict | None):
+    found: Any = read_yaml(path, object, "options", error=ConfigError)
+    if not isinstance(found, dict):
         raise ConfigError(f"{path} holds {type(found).__name__} where options are expected, such as 'model: {{lr: 0.01}}'.")
     _require_sections(path, found or {})
     return path

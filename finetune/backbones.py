@@ -14,6 +14,7 @@ import torchvision
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from finetune.accepted_input import require_colours, require_plain_name
 from finetune.errors import ConfigError, did_you_mean
 from finetune.named_objects import import_path as import_path
 from finetune.named_objects import require_network
@@ -32,6 +33,8 @@ def create_model(name: str, num_classes: int, **options: Any) -> nn.Module:
     Raises:
         ConfigError: If the name is not known, or the model does not take the options.
     """
+    require_plain_name(name)
+    require_colours(options)
     if timm.is_model(name):
         build: Callable[..., Any] = timm.create_model
         arguments: dict[str, Any] = {"model_name": name, "pretrained": False, "num_classes": num_classes}

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from finetune.errors import WeightsError
+from finetune.schema import convert, read_json
 from finetune.weight_files import sha256_of
 
 FOLDER = Path(__file__).parent / "bundled"
 """`<backbone>.safetensors` and `<backbone>.json`, as `write_weights` makes them."""
+
+
+class _Card(TypedDict, total=False):
+    sha256: str
+    licence: str
+
 
 REINSTALL = "pip install --force-reinstall --no-deps resnet-finetune"
 
@@ -51,10 +57,7 @@ def bundled_card(name: str) -> dict[str, Any]:
         WeightsError: If it cannot be read.
     """
     path = FOLDER / f"{name}.json"
-    try:
-        card = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(
-            f"The card '{path}', which comes along with the package, is damaged. Put it right with: {REINSTALL}"
-        ) from error
-    return card if isinstance(card, dict) else {}
+    what, advice = "the card of weights that come along with the package", f"Put it right with: {REINSTALL}"
+    card: dict[str, Any] = read_json(path, dict[str, Any], what, advice=advice, error=WeightsError)
+    convert(card, _Card, what, where=str(path), advice=advice, error=WeightsError)
+    return card

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import json
-import math
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from msgspec import Meta
 
-from finetune.errors import CheckpointError
 from finetune.files import write_atomically
 from finetune.outcomes import Floats, Outcome
+from finetune.schema import read_json
+
+Temperature = Annotated[float, Meta(gt=0, le=1e6)]
+"""What logits may be divided by, as a file says."""
+
+
+@dataclass
+class Calibration:
+    """What `store_temperature` writes: the temperature, and the optimizer steps of its checkpoint."""
+
+    temperature: Temperature
+    step: int | None = None
+
 
 _LIMIT = 20.0  # where few pictures are all right, or all wrong, the best temperature would be 0 or infinite
 
@@ -81,14 +95,6 @@ def stored_temperature(checkpoint: Path, step: int | None = None) -> float:
     path = calibration_file(checkpoint)
     if not path.is_file():
         return 1.0
-    try:
-        content = json.loads(path.read_text())
-        temperature = float(content["temperature"])
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature {temperature}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} does not hold a temperature: {error!r}. Remove it, or make it anew with: "
-            "resnet-finetune evaluate --calibrate"
-        ) from error
-    return temperature if step in (None, content.get("step")) else 1.0
+    advice = "Remove it, or make it anew with: resnet-finetune evaluate --calibrate"
+    found = read_json(path, Calibration, "a temperature", advice=advice)
+    return found.temperature if step in (None, found.step) else 1.0

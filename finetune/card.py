@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from finetune.errors import ConfigError, WeightsError
+from finetune.errors import ConfigError, FinetuneError, WeightsError
+from finetune.escaping import shown
 from finetune.files import atomic_write, write_atomically
+from finetune.schema import decode_json
 from finetune.transforms import InputSpec
 from finetune.weight_files import sha256_of
 
@@ -46,10 +49,9 @@ def read_card(path: Path) -> dict[str, Any]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(KEY)
-        card = json.loads(text) if text else {}
-    except (safetensors.SafetensorError, ValueError, OSError):
+        return decode_json(text, dict[str, Any], "the card of weights", where=str(path)) if text else {}
+    except (safetensors.SafetensorError, FinetuneError, OSError):
         return {}
-    return card if isinstance(card, dict) else {}
 
 
 def input_on(card: Mapping[str, Any], path: Path) -> dict[str, Any] | None:
@@ -62,13 +64,15 @@ def input_on(card: Mapping[str, Any], path: Path) -> dict[str, Any] | None:
     if fields is None:
         return None
     try:
-        InputSpec.from_plain(fields)
-    except (ConfigError, TypeError, KeyError, ValueError) as error:
+        found = asdict(InputSpec.from_plain(fields))
+        if unknown := set(fields) - set(found):
+            raise ConfigError(f"'{unknown.pop()}' is not known")
+        return found
+    except ConfigError as error:
         raise WeightsError(
             f"The card in '{path}' does not describe an input: expected size, mean, std, interpolation and crop under 'input', "
-            f"found {fields!r}. Write the file again with its card as it was, or without one."
+            f"found {shown(repr(fields))[:200]}. Write the file again with its card as it was, or without one."
         ) from error
-    return dict(fields)
 
 
 def describe(card: Mapping[str, Any]) -> str:
@@ -77,5 +81,14 @@ def describe(card: Mapping[str, Any]) -> str:
     >>> describe({"teacher": {"name": "tf_efficientnet_lite0"}, "input": {"size": 96}})
     'distilled from tf_efficientnet_lite0, for pictures of 96 px'
     """
-    teacher, size = (card.get("teacher") or {}).get("name"), (card.get("input") or {}).get("size")
-    return "" if teacher is None else f"distilled from {teacher}" + (f", for pictures of {size} px" if size else "")
+    teacher, size = _entry(card, "teacher", "name"), _entry(card, "input", "size")
+    if not isinstance(teacher, str):
+        return ""
+    return f"distilled from {teacher}" + (f", for pictures of {size} px" if size else "")
+
+
+def _entry(card: Mapping[str, Any], *keys: str) -> Any:
+    found: Any = card
+    for key in keys:
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found

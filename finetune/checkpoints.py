@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
 
 from finetune.behind import pace_of
+from finetune.checkpoint_file import check_content, require_entries, require_fitting
 from finetune.errors import CheckpointError, WeightsError, did_you_mean
 from finetune.formats import FORMAT, upgrade
 from finetune.formats import KEY as KEY
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from finetune.module import FinetuneModule
 
 TRAINING_ONLY = "adaptation"  # the part of a module that predicts nothing: the layers of domain adaptation
+_STAMPED = ("class_path", "class_names", "input", "weights")
 _FREE_TO_CHANGE = {"weights", "partial_weights", "memory_format", "class_names", "compile"}  # a resumed run goes on as it would
 
 
@@ -107,15 +109,22 @@ def adopt(checkpoint: dict[str, Any], module: FinetuneModule) -> None:
     stamped = upgrade(checkpoint).get(KEY)
     if stamped is None:
         return
+    check_content(checkpoint, "The checkpoint")
+    require_entries(stamped, _STAMPED, "The checkpoint")
     if TRAINING_ONLY not in dict(module.named_children()):
         state = checkpoint["state_dict"]
         for name in [name for name in state if name.startswith(f"{TRAINING_ONLY}.")]:
             del state[name]
+    require_fitting(checkpoint["state_dict"], module.state_dict(), strict=module.strict_loading)
     refuse_other_classes(checkpoint, module)
     names, mine = stamped["class_names"], module.class_names
     trainer = module._trainer
     if trainer is not None and trainer.state.fn == "fit":
         refuse_other_options(checkpoint.get("hyper_parameters", {}), module.hparams)
+    if names and len(names) != module.hparams["num_classes"]:
+        raise CheckpointError(
+            f"The checkpoint names {len(names)} classes and has {module.hparams['num_classes']}. It is damaged."
+        )
     module.class_names = names or mine
     module.weights_report = Report.from_dict(stamped["weights"])
     spec = stamped_input(checkpoint)
@@ -176,7 +185,9 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(str(error)) from error
     if "state_dict" not in checkpoint:
         raise CheckpointError(f"{path} is no checkpoint: it lacks the entry 'state_dict'.")
-    return upgrade(checkpoint)
+    checkpoint = upgrade(checkpoint)
+    check_content(checkpoint, path)
+    return checkpoint
 
 
 def read_own(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -187,6 +198,7 @@ def read_own(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     checkpoint = read(path)
     require_own(checkpoint, path)
+    require_entries(checkpoint, ("epoch", "global_step"), path)
     return checkpoint
 
 
@@ -201,6 +213,7 @@ def require_own(checkpoint: Mapping[str, Any], name: str | os.PathLike[str]) -> 
             f"{name} was not written by a FinetuneModule: it lacks the entry '{KEY}' with class names and input size. Where it "
             "holds the weights of a backbone, start from them with --model.weights FILE."
         )
+    require_entries(checkpoint[KEY], _STAMPED, name)
 
 
 def plain(value: Any) -> Any:

@@ -17,7 +17,7 @@ from finetune.errors import ConfigError
 from finetune.figure_style import style_of
 from finetune.figures import split_metrics
 from finetune.page import drawn, render, require_own_page, value_text, write_page
-from finetune.report import REPORT, write_report
+from finetune.report import REPORT, warn_of_unreadable, write_report
 from finetune.run_files import OF_TARGET, Curve, RunFiles, find_run, flat
 
 COMPARISON = "comparison.html"
@@ -45,7 +45,9 @@ def compare(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str] 
         raise ConfigError(f"Expected at least two different runs to compare, found {len(files)}. Name another one.")
     path = Path(out)
     require_own_page(path, overwrite)
-    return write_page(path, render("comparison.html", **content(files, path.absolute().parent)), overwrite)
+    written = write_page(path, render("comparison.html", **content(files, path.absolute().parent)), overwrite)
+    warn_of_unreadable(files)
+    return written
 
 
 def report(runs: Sequence[str], out: str | None = None, overwrite: bool = False) -> Path:

@@ -159,6 +159,9 @@ class FolderDataModule(SplitDataModule):
             "decoded": self.decoded,
         }
         for name, value in sizes.items():
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                square = ", as images are square" * (name == "image_size")
+                raise ConfigError(f"Expected data.{name} to be one whole number{square}; found {value!r}.")
             if value is not None and value < 1:
                 raise ConfigError(f"Expected data.{name} to be at least 1, found {value}.")
         if self.on_error not in ("raise", "skip"):

@@ -13,7 +13,7 @@ import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import PIL
 import torch
@@ -23,15 +23,26 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from finetune.console import say
-from finetune.errors import DataError
+from finetune.errors import DataError, FinetuneError
 from finetune.examine import Examined, examine
 from finetune.file_state import file_state
 from finetune.hardware import worker_count
 from finetune.sample import cache_folder
+from finetune.schema import convert, decode_json
 
 _VERSION = 2  # of what a look says; a change makes what is kept void
 _FEW = 256  # below this number of files, starting processes takes longer than looking
 _BATCH = 32
+
+
+class _Look(NamedTuple):
+    """A row of the table, without the file."""
+
+    state: str
+    full: int
+    said: str
+    digest: bytes
+
 
 _TABLE = "CREATE TABLE IF NOT EXISTS looks (file BLOB PRIMARY KEY, state TEXT, full INT, said TEXT, digest BLOB)"
 
@@ -111,7 +122,7 @@ class Memory:
                 self.lock.acquire()
             self.base = sqlite3.connect(self.path, isolation_level="IMMEDIATE")
             self._open()
-        except (OSError, sqlite3.Error):
+        except (OSError, ValueError, sqlite3.Error):  # ValueError: bytes that are no text
             self.base = sqlite3.connect(":memory:")
             self._open()
         self.pending = 0
@@ -138,11 +149,16 @@ class Memory:
 
     def recall(self, root: Path, file: str, full: bool) -> Examined | None:
         """Return what is known of a file that is as it was, after a look that was as full."""
-        found = self.base.execute("SELECT * FROM looks WHERE file = ?", (os.fsencode(file),)).fetchone()
-        if found is None or found[2] < full or _state(root / file) != found[1]:
+        try:
+            found = self.base.execute("SELECT * FROM looks WHERE file = ?", (os.fsencode(file),)).fetchone()
+            if found is None:
+                return None
+            look = convert(found[1:], _Look, "what is known of an image", where=str(self.path))
+            said = decode_json(look.said, list[Any], "what is known of an image", where=str(self.path))
+            known = convert([*said, look.digest], Examined, "what is known of an image", where=str(self.path))
+        except (sqlite3.Error, ValueError, FinetuneError):  # a damaged memory is none: the file is looked at again
             return None
-        error, detail, notes = json.loads(found[3])
-        return Examined(error, detail, tuple((kind, text) for kind, text in notes), found[4])
+        return known if look.full >= full and _state(root / file) == look.state else None
 
     def keep(self, root: Path, file: str, full: bool, said: Examined) -> None:
         """Remember what a look came to."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -25,8 +24,9 @@ from finetune.module import FinetuneModule
 from finetune.predictor import Predictor
 from finetune.runs import run_of
 from finetune.sample import BUILT_IN
+from finetune.schema import decode_json
 from finetune.staged import StagedModule
-from finetune.trained import INSTALL_EXPORT, ONNX_KEY, TIMM_KEY, Trained, describe_trained, facts, open_trained
+from finetune.trained import INSTALL_EXPORT, ONNX_KEY, TIMM_KEY, Facts, Trained, describe_trained, facts, open_trained
 from finetune.walk import Pictures
 
 Format = Literal["onnx", "torch_export", "timm"]
@@ -253,7 +253,7 @@ def _open_own(written: Path) -> Trained:
         return open_trained(written, "cpu")
     inside: dict[str, Any] = {"resnet-finetune.json": ""}
     network: Any = torch.export.load(written, extra_files=inside).module()
-    own = json.loads(inside["resnet-finetune.json"])
+    own = decode_json(inside["resnet-finetune.json"], Facts, "the metadata of an exported model", where=str(written))
     return Trained.from_facts(written, own, lambda images: network(images)[0])
 
 

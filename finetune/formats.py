@@ -29,7 +29,7 @@ def upgrade(checkpoint: dict[str, Any]) -> dict[str, Any]:
     if stamped is None:
         return checkpoint
     found = stamped.get("format") if isinstance(stamped, dict) else None
-    if not isinstance(found, int) or found < 1:
+    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
         raise CheckpointError(f"The checkpoint says its format is {found!r}; expected one from 1 to {FORMAT}. It is damaged.")
     if found > FORMAT:
         raise CheckpointError(
@@ -44,8 +44,9 @@ def upgrade(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 def _from_1(checkpoint: dict[str, Any]) -> None:
     """The callback of Lightning that kept last.ckpt has nothing that the one in its place needs."""
-    states = checkpoint.get("callbacks") or {}
-    for key in [key for key in states if key.startswith("ModelCheckpoint{'monitor': None")]:
+    states = checkpoint.get("callbacks")
+    states = states if isinstance(states, dict) else {}
+    for key in [key for key in states if str(key).startswith("ModelCheckpoint{'monitor': None")]:
         del states[key]
     checkpoint[KEY].setdefault("run", {})
 

@@ -68,6 +68,8 @@ FULL = 65535
 """The largest value of 16 bits, which is white unless the data say otherwise."""
 
 _RGB = 3  # torchvision.io.ImageReadMode.RGB
+_MOST_BYTES = 2**30  # of a file: the most pixels that Pillow allows, uncompressed with 16 bits, are fewer
+_CONVERT = "Convert it to JPEG or PNG (on a Mac with `sips -s format jpeg`, elsewhere with ImageMagick), or remove it."
 _ORIENTATION, _SHORT = 274, 3
 _REMEDY = "Replace the file, or remove it from the folder."
 
@@ -106,14 +108,47 @@ def decode_image(data: bytearray, name: str, white: int = FULL) -> Tensor:
                 return image_to_tensor(image, white, grey)
     except UnidentifiedImageError:
         start = bytes(data[:8])
+        known = known_format(data)
+        if known:
+            raise DataError(f"{name} is {known}, whatever its name says, which is not read here. {_CONVERT}") from None
         if start[:4] in TIFF_STARTS:
             raise DataError(
                 f"{name} is a TIFF file of a kind that is not read ({describe_tiff(data)}); expected grey or RGB of 8 or 16 "
                 "bits. Save it so, or remove it from the folder."
             ) from None
         raise DataError(f"{name} is not a picture in a known format: it starts with {start!r}. {_REMEDY}") from None
+    except MemoryError:
+        raise DataError(f"{name} cannot be decoded: there is no memory for its pixels. {_REMEDY}") from None
     except Exception as error:  # Pillow raises nearly everything on broken files: OSError, SyntaxError, struct.error, ...
         raise DataError(f"{name} cannot be read as a picture: {error}. {_REMEDY}") from error
+
+
+def known_format(data: bytes | bytearray) -> str:
+    r"""Name the format of a file that Pillow does not read, by how it starts; empty if it is none that is often met.
+
+    >>> known_format(b"\0\0\0\x1cftypheic")
+    'an HEIC image'
+    """
+    start = bytes(data[:16])
+    if start[4:8] == b"ftyp":
+        brand = start[8:12]
+        return _BRANDS.get(brand, "a video or another file of the MP4 family")
+    return next((name for magic, name in _MAGIC.items() if start.startswith(magic)), "")
+
+
+_BRANDS = dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"), "an HEIC image")
+_BRANDS |= dict.fromkeys((b"avif", b"avis"), "an AVIF image") | {b"crx ": "a raw image of a camera (CR3)"}
+_MAGIC = {
+    b"%PDF": "a PDF document",
+    b"8BPS": "a Photoshop file",
+    b"<svg": "an SVG drawing",
+    b"<?xml": "an XML file, perhaps an SVG drawing",
+    b"PK\x03\x04": "a ZIP archive",
+    b"\xff\x0a": "a JPEG XL image",
+    b"\0\0\0\x0cJXL ": "a JPEG XL image",
+    b"FUJIFILM": "a raw image of a camera (RAF)",
+    b"gimp xcf": "a GIMP file",
+}
 
 
 def white_text(white: int) -> str:
@@ -141,8 +176,15 @@ def open_file(path: str) -> Image.Image:
 def _read_bytes(path: str | os.PathLike[str]) -> bytearray:
     try:
         with os.fdopen(open_plain(path, follow=True), "rb") as file:
-            data = bytearray(os.fstat(file.fileno()).st_size)
+            size = os.fstat(file.fileno()).st_size
+            if size > _MOST_BYTES:
+                raise DataError(
+                    f"{path} has {size / 2**30:.1f} GB, expected an image of at most {_MOST_BYTES / 2**30:g} GB. {_REMEDY}"
+                )
+            data = bytearray(size)
             del data[file.readinto(data) :]
+    except MemoryError:
+        raise DataError(f"{path} has {size / 2**20:.0f} MB, for which there is no memory. {_REMEDY}") from None
     except OSError as error:
         raise DataError(f"{path} cannot be opened: {error.strerror or error}. Check the path and its permissions.") from error
     if not data:

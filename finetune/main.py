@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from finetune.console import clean_messages, say
 from finetune.errors import ConfigError, FinetuneError, did_you_mean, own_error
+from finetune.library_errors import explained
 from finetune.own_modules import inherit_own_modules, own_modules, protect_processes
 from finetune.trusted_code import guarding, is_guarded, take_trust
 from finetune.verbs import VERBS
@@ -70,7 +71,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader has enough, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
-        own = own_error(error)
+        own = own_error(error) or explained(error)
         if own is None:
             raise
         _leave(_own_words(own))

@@ -20,8 +20,10 @@ from torch.nn import functional as F
 from torchmetrics import MetricCollection
 
 from finetune import checkpoints
+from finetune.accepted_input import require_size
 from finetune.backbones import build_bottleneck, checkpoint_gradients, create_model, initialise, input_spec_of
 from finetune.behind import Behind
+from finetune.checkpoint_file import require_optimizer_fits
 from finetune.console import clean
 from finetune.errors import DataError
 from finetune.freezing import Phase, phase_at, plan
@@ -337,6 +339,7 @@ class FinetuneModule(PredictingModule, StagedModule):
         said = getattr(data, "input_spec", None)
         if said is not None:  # normalisation is of the weights, whoever says the size
             self.input_spec = replace(said, mean=self.input_spec.mean, std=self.input_spec.std)
+            require_size(self.backbone, self.input_spec.size)
         if stage == "fit":
             if self.hparams["compile"]:
                 self.backbone.compile(backend=self.hparams["compile"])
@@ -392,6 +395,8 @@ class FinetuneModule(PredictingModule, StagedModule):
 
     def on_train_start(self) -> None:
         """Fix the timetable of phases and rates, now that the epoch and the length of an epoch are known."""
+        if self.trainer.ckpt_path is not None:
+            require_optimizer_fits(self.trainer.optimizers)
         let_gradients_be_clipped(self.trainer)
         behind, self._behind = self._behind, Behind()
         behind.settle(self.trainer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,14 +14,16 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune.errors import DataError
-from finetune.escaping import cell, cells, from_cell
-from finetune.files import atomic_write, open_plain
+from finetune.escaping import cell, cells, from_cell, shown
+from finetune.files import atomic_write
+from finetune.schema import read_text
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Ints: TypeAlias = npt.NDArray[np.int64]
 
 _FIRST = ["file", "true", "label", "probability"]
 _CLASS = "p:"
+_MOST_BYTES = 2 * 2**30
 
 
 @dataclass(frozen=True)
@@ -74,20 +77,25 @@ def read_outcome(path: str | os.PathLike[str]) -> Outcome:
     Raises:
         DataError: If it is missing or another kind of table.
     """
+    text = read_text(
+        path, "a table of labelled predictions", error=DataError, max_bytes=_MOST_BYTES, errors="surrogateescape", follow=False
+    )
+    reader = csv.reader(io.StringIO(text, newline=""))
     try:
-        with os.fdopen(open_plain(path), newline="", encoding="utf-8", errors="surrogateescape") as handle:
-            reader = csv.reader(handle)
-            header = next(reader, [])
-            rows = list(reader)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+        header = next(reader, [])
+        rows = list(reader)
+    except csv.Error as error:
+        raise DataError(f"{path} is no table of labelled predictions: line {reader.line_num}: {error}.") from error
     classes = tuple(name.removeprefix(_CLASS) for name in header[len(_FIRST) :])
     number = {cell(name): index for index, name in enumerate(classes)}
     try:
-        if header[: len(_FIRST)] != _FIRST or not classes:
-            raise ValueError(f"its columns are {', '.join(header[:6]) or 'missing'}")
+        if header[: len(_FIRST)] != _FIRST or not classes or len(number) < len(classes):
+            raise ValueError(f"its columns are {shown(', '.join(header[:6]))[:200] or 'missing'}")
         labels = np.array([number[row[1]] for row in rows], np.int64)
         values = np.array([row[len(_FIRST) :] for row in rows], np.float64).reshape(len(rows), len(classes))
+        wrong = np.flatnonzero(~(np.abs(values.sum(1) - 1) < 0.01) | (values < 0).any(1))
+        if len(wrong):
+            raise ValueError(f"probabilities in row {wrong[0] + 1} that do not add up to 1")
     except (ValueError, KeyError, IndexError) as error:
         raise DataError(
             f"{path} is no table of labelled predictions: expected the columns {', '.join(_FIRST)} and one "

@@ -290,4 +290,8 @@ class _Files(IterableDataset[tuple[list[str], Tensor | None, list[str]]]):
                 errors.append("")
             except DataError as error:
                 errors.append(str(error))
+            except (MemoryError, RuntimeError) as error:  # torch has no class of its own for want of memory
+                if isinstance(error, RuntimeError) and "memory" not in str(error):
+                    raise
+                errors.append(f"{file} cannot be resized: there is no memory for it.")
         return batch, torch.stack(images) if images else None, errors

@@ -40,12 +40,13 @@ from finetune.errors import CheckpointError, FinetuneError
 from finetune.files import write_atomically
 from finetune.folders import SPLITS, PictureFolder
 from finetune.hardware import describe_device
+from finetune.record_file import RECORD as RECORD
+from finetune.record_file import load_record
 from finetune.runs import CHECKPOINTS
 from finetune.timetable import Timetable, stage_rates
 from finetune.version import __version__
 from finetune.weight_report import Report
 
-RECORD = "record.json"
 FORMAT = 1
 
 
@@ -54,9 +55,11 @@ def read_record(run: str | os.PathLike[str]) -> dict[str, Any]:
 
     Args:
         run: The run's folder.
+
+    Raises:
+        CheckpointError: If the file holds something else.
     """
-    path = Path(run, RECORD)
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    return load_record(run) if Path(run, RECORD).exists() else {}
 
 
 class RunRecord(Callback):
@@ -118,7 +121,7 @@ class RunRecord(Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Write down that the run was stopped, or why it failed; a resume that never began leaves the record as it is."""
-        if not trainer.is_global_zero or (not self.content and read_record(self.run)):
+        if not trainer.is_global_zero or (not self.content and (self.run / RECORD).exists()):
             return
         if not self.content:
             self._start({})

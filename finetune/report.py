@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from finetune import scores
+from finetune.console import say
 from finetune.durations import duration
 from finetune.figures import of_run
 from finetune.files import read_plain
@@ -67,7 +68,16 @@ def write_report(
     path = Path(out or files.folder / REPORT)
     overwrite = overwrite or path.absolute() == files.folder.absolute() / REPORT
     require_own_page(path, overwrite)
-    return write_page(path, render("report.html", **content(files)), overwrite)
+    path = write_page(path, render("report.html", **content(files)), overwrite)
+    warn_of_unreadable([files])
+    return path
+
+
+def warn_of_unreadable(runs: Iterable[RunFiles]) -> None:
+    """Name the files of runs that a page is without, as they hold something else than they should."""
+    for files in runs:
+        for message in files.unreadable.values():
+            say(f"warning: {message} The page is without it.", error=True)
 
 
 def content(files: RunFiles) -> dict[str, Any]:
@@ -103,6 +113,7 @@ def content(files: RunFiles) -> dict[str, Any]:
         "commands": list(_commands(files)),
         "config": files.config_text,
         "versions": list(_versions(files)),
+        "unreadable": list(files.unreadable.values()),  # the last, as each file is read when something needs it
     }
 
 

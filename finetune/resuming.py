@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from finetune import checkpoints
-from finetune.errors import CheckpointError
+from finetune.errors import CheckpointError, FinetuneError
 from finetune.runs import CHECKPOINTS, find_checkpoint, run_of
 from finetune.saving import LAST
 
@@ -114,6 +115,14 @@ def compare_run(checkpoint: Mapping[str, Any], now: Mapping[str, Any]) -> str | 
         return None
     meaning = "".join(f"\n  {text}" for keys, text in _MEANING.items() if not differ.keys().isdisjoint(keys))
     return f"warning: The run does not go on exactly as it would have:\n{_lines(differ)}{meaning}"
+
+
+def restoring(error: BaseException) -> bool:
+    """Say whether an exception that is none of ours came while Lightning restored a checkpoint."""
+    if isinstance(error, FinetuneError) or not isinstance(error, Exception):
+        return False
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(Path(frame.filename).name == "checkpoint_connector.py" for frame in frames)
 
 
 def _lines(differ: Mapping[str, tuple[Any, Any]]) -> str:

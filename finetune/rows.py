@@ -8,11 +8,15 @@ import json
 import os
 import stat
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
+
+from msgspec import Meta
 
 from finetune.errors import ConfigError
 from finetune.files import read_plain, require_free, write_atomically
+from finetune.schema import decode_json
 from finetune.version import __version__
 
 try:
@@ -23,16 +27,23 @@ except ImportError:  # Windows
 _FORMAT = 2
 _END = 4096  # bytes
 _MOST_BYTES = 2**26  # of the state; it repeats the arguments, which may be many
-_FIELDS: dict[str, type | tuple[type, ...]] = {
-    "rows": int,
-    "failed": int,
-    "last": str,
-    "bytes": int,
-    "options": dict,
-    "file": list,
-    "end": str,
-}
 _open: set[tuple[int, int]] = set()  # files that this process writes; locks of the system hold between processes only
+Count = Annotated[int, Meta(ge=0)]
+
+
+@dataclass
+class _State:
+    """What `NAME.part.json` says; the file is ours only if all of it holds."""
+
+    format: int
+    written_by: str
+    rows: Count
+    failed: Count
+    last: str
+    bytes: Count
+    options: dict[str, Any]
+    file: list[int]
+    end: str
 
 
 class GrowingFile:
@@ -148,14 +159,12 @@ class GrowingFile:
     def _state(self) -> dict[str, Any] | None:
         """Return the state of the partial file, or None if there is none that we wrote."""
         try:
-            state = json.loads(read_plain(self.progress, _MOST_BYTES))
-        except (OSError, ValueError, RecursionError):
+            text = read_plain(self.progress, _MOST_BYTES)
+            state = decode_json(text, _State, "how far a table goes", error=ConfigError, max_bytes=_MOST_BYTES)
+        except (OSError, ConfigError):
             return None
-        if not isinstance(state, dict) or state.get("format") != _FORMAT:
-            return None
-        ours = str(state.get("written_by")).startswith("resnet-finetune ")
-        typed = all(isinstance(state.get(name), kind) for name, kind in _FIELDS.items())
-        return state if ours and typed and min(state["rows"], state["failed"], state["bytes"]) >= 0 else None
+        ours = state.format == _FORMAT and state.written_by.startswith("resnet-finetune ")
+        return asdict(state) if ours else None
 
     def _continue(self, overwrite: bool) -> None:
         state = self._state()

@@ -1,6 +1,7 @@
 """What a run left in its folder, read back: also of a run that is going on, or was killed while it wrote.
 
-What is missing is empty, and rows that were cut off are left out: looking at a run never fails because the run did.
+What is missing is empty, and rows that were cut off are left out: looking at a run never fails because the run did. A file that
+holds something else counts as missing, and `RunFiles.unreadable` says so.
 """
 
 from __future__ import annotations
@@ -8,34 +9,43 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, TypeVar
 
 import numpy as np
-import yaml
 
 from finetune.errors import CheckpointError, FinetuneError, did_you_mean
-from finetune.files import read_plain
 from finetune.outcomes import Outcome, read_outcome
+from finetune.record_file import DOMAINS as DOMAINS
+from finetune.record_file import RECORD as RECORD
+from finetune.record_file import load_domains, load_record
 from finetune.runs import CHECKPOINTS, CONFIG, RESUMED_CONFIG
 from finetune.sample import BUILT_IN
+from finetune.schema import convert, read_text, read_yaml
 
-RECORD, METRICS, GRADIENTS, AUGMENTED = "record.json", "metrics.csv", "gradients.csv", "augmented.jpg"
+METRICS, GRADIENTS, AUGMENTED = "metrics.csv", "gradients.csv", "augmented.jpg"
 EXPLAINED = "explained.png"
-DOMAINS = "domains.json"  # of domain adaptation
 PREDICTIONS = {split: f"predictions.{split}.csv" for split in ("test", "target", "val")}
 RATE = "lr/"
+_MOST_BYTES = 64 * 2**20  # of a table
+_MOST_STEPS = 10**12
 OF_TARGET = ("oracle/", "target/")
 """How metrics begin that were measured on the target of an adaptation: with its labels, and without."""
 _OF_TARGET_TEST = "oracle/target_test"
-_MOST_BYTES = 2**30  # of a table
 
 Row = dict[str, str]
+T = TypeVar("T")
+
+
+class _Config(TypedDict, total=False):
+    """The parts of a configuration that looking at a run needs."""
+
+    run: dict[str, Any] | None
+    trainer: dict[str, Any] | None
 
 
 class Curve(NamedTuple):
@@ -59,38 +69,46 @@ class RunFiles:
     Args:
         folder: The run's folder. Links in it are not followed: a report would show what they lead to.
         root: The folder of the images; where the record says if None.
+
+    Attributes:
+        unreadable: By the name of a file that holds something else than it should, what is wrong with it.
     """
 
     def __init__(self, folder: str | os.PathLike[str], root: Path | None = None) -> None:
         self.folder = Path(folder)
         self._root = root
+        self.unreadable: dict[str, str] = {}
+
+    def _leniently(self, name: str, read: Callable[[], T]) -> T | None:
+        """Return what a file holds; None if it is not there, and, noted, if it cannot be read."""
+        if not os.path.lexists(self.folder / name):
+            return None
+        if (self.folder / name).is_symlink():  # a report would show what it leads to
+            self.unreadable[name] = f"{self.folder / name} is a link, which is not followed."
+            return None
+        try:
+            return read()
+        except FinetuneError as error:
+            self.unreadable[name] = str(error)
+            return None
 
     @cached_property
     def record(self) -> dict[str, Any]:
         """What `record.json` says, or nothing."""
-        try:
-            found = json.loads(_text(self.folder / RECORD))
-        except ValueError:
-            return {}
-        return found if isinstance(found, dict) else {}
+        return self._leniently(RECORD, lambda: load_record(self.folder)) or {}
 
     @cached_property
     def domains(self) -> dict[str, Any]:
         """What `domains.json` says of the features of both domains, or nothing."""
-        with contextlib.suppress(ValueError):
-            found = json.loads(_text(self.folder / DOMAINS))
-            if isinstance(found, dict):
-                return found
-        return {}
+        return self._leniently(DOMAINS, lambda: load_domains(self.folder)) or {}
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """The resolved configuration; that of the last resume, if there was one."""
         for name in (RESUMED_CONFIG, CONFIG):
-            with contextlib.suppress(yaml.YAMLError):
-                found = yaml.safe_load(_text(self.folder / name))
-                if isinstance(found, dict):
-                    return found
+            found = self._leniently(name, lambda name=name: _read_config(self.folder / name))  # type: ignore[misc]
+            if found:
+                return found
         return {}
 
     @cached_property
@@ -113,7 +131,8 @@ class RunFiles:
     @cached_property
     def gradients(self) -> list[tuple[float, str, dict[str, float]]]:
         """The rows of `gradients.csv`: the place on the axis, the stage, and its numbers."""
-        return [(self._place(row), row["stage"], _numbers(row)) for row in _rows(self.folder / GRADIENTS) if row.get("stage")]
+        rows = self._leniently(GRADIENTS, lambda: _read_rows(self.folder / GRADIENTS)) or []
+        return [(self._place(row), row["stage"], _numbers(row)) for row in rows if row.get("stage")]
 
     @cached_property
     def _ends(self) -> dict[float, float]:
@@ -213,7 +232,10 @@ class RunFiles:
             return self._root
         recorded = (self.record.get("data") or {}).get("root")
         root = str(recorded or dict(flat(self.config)).get("data.root") or ".")
-        return BUILT_IN[root]() if root in BUILT_IN else Path(root).expanduser()
+        try:
+            return BUILT_IN[root]() if root in BUILT_IN else Path(root).expanduser()
+        except RuntimeError:  # the home of a user that is not known here
+            return Path(root)
 
     def picture(self, file: str) -> Path | None:
         """Return the path of an image that a table of predictions names; None if it lies outside the data of the run.
@@ -233,21 +255,22 @@ class RunFiles:
     @property
     def config_text(self) -> str:
         """The configuration as it stands in its file, empty if there is none."""
-        return _text(self.folder / CONFIG)
+        what = "the options of a run"
+        return self._leniently(CONFIG, lambda: read_text(self.folder / CONFIG, what, errors="replace")) or ""
 
     @cached_property
     def outcomes(self) -> dict[str, Outcome]:
         """What the best checkpoint said of the pictures of a split, the test split first."""
         found = {}
         for split, name in PREDICTIONS.items():
-            if (self.folder / name).is_file():
-                with contextlib.suppress(FinetuneError, ValueError, KeyError, OSError):  # cut off
-                    found[split] = read_outcome(self.folder / name)
+            outcome = self._leniently(name, lambda name=name: read_outcome(self.folder / name))  # type: ignore[misc]
+            if outcome is not None:
+                found[split] = outcome
         return {split: outcome for split, outcome in found.items() if len(outcome.files)}
 
     @cached_property
     def _metric_rows(self) -> list[Row]:
-        return list(_rows(self.folder / METRICS))
+        return self._leniently(METRICS, lambda: _read_rows(self.folder / METRICS)) or []
 
     def _place(self, row: Row) -> float:
         """Return where a row stands on the axis: what was measured, after its step; a rate or a gradient, at its step."""
@@ -363,17 +386,24 @@ def _numbers(row: Row) -> dict[str, float]:
     return numbers
 
 
-def _rows(path: Path) -> Iterator[Row]:
-    """Yield the whole rows of a CSV file; none if there is no file."""
-    text = _text(path).replace("\0", "")
+def _read_config(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = read_yaml(path, dict[str, Any], "the options of a run")
+    convert(found, _Config, "the options of a run", where=str(path), finite=False)
+    return found
+
+
+def _read_rows(path: Path) -> list[Row]:
+    """Return the whole rows of a CSV file that a run writes: those that say after how many steps they were measured."""
+    what = "a table of a run"
+    text = read_text(path, what, max_bytes=_MOST_BYTES, errors="replace").replace("\0", "")
     complete = text[: text.rfind("\n") + 1]
-    for row in csv.DictReader(io.StringIO(complete, newline="")):
-        if None not in row and None not in row.values():
-            yield row
-
-
-def _text(path: Path) -> str:
+    reader = csv.DictReader(io.StringIO(complete, newline=""))
     try:
-        return read_plain(path, _MOST_BYTES).decode("utf-8", "replace").replace("\r\n", "\n")
-    except OSError:
-        return ""
+        return [row for row in reader if None not in row and None not in row.values() and _is_placed(row)]
+    except csv.Error as error:
+        raise CheckpointError(f"{path} does not hold {what}: line {reader.line_num}: {error}.") from error
+
+
+def _is_placed(row: Row) -> bool:
+    numbers = _numbers({name: row[name] for name in ("step", "epoch") if row.get(name)})
+    return 0 <= numbers.get("step", math.nan) <= _MOST_STEPS and 0 <= numbers.get("epoch", 0) <= _MOST_STEPS

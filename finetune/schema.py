@@ -100,6 +100,7 @@ def read_text(
     error: type[FinetuneError] = CheckpointError,
     max_bytes: int = MAX_BYTES,
     errors: str = "strict",
+    follow: bool = True,
 ) -> str:
     """Read a regular UTF-8 file of limited size; see `read_json`. A byte order mark is left out.
 
@@ -110,20 +111,23 @@ def read_text(
         error: The class to raise.
         max_bytes: Its largest size.
         errors: How bytes that are no UTF-8 are decoded, as for `open`.
+        follow: Whether the file may be a link.
     """
     name = os.fspath(path)
     try:
+        no_links = 0 if follow else getattr(os, "O_NOFOLLOW", 0)
         # a named pipe would wait for a writer for ever
-        descriptor = os.open(name, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        descriptor = os.open(name, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | no_links)
         with open(descriptor, "rb") as handle:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
                 _refuse("it is no regular file", what, name, advice, error)
-            content = handle.read(max_bytes + 1)
-        if len(content) > max_bytes:
-            _refuse(f"it is larger than {max_bytes / 2**20:.3g} MB", what, name, advice, error)
+            if status.st_size > max_bytes:
+                _refuse(f"it is larger than {max_bytes / 2**20:.3g} MB", what, name, advice, error)
+            content = handle.read(status.st_size)
         return content.decode("utf-8-sig", errors)
     except UnicodeDecodeError as found:
-        raise error(_message(f"byte {found.start} is no UTF-8", what, name, advice)) from found
+        raise error(f"{shown(name)} is no text in UTF-8: {found.reason} at byte {found.start}.{_sentence(advice)}") from found
     except (OSError, ValueError) as found:  # ValueError: a NUL in the name
         reason = getattr(found, "strerror", None) or found
         raise error(f"{shown(name)} ({what}) cannot be read: {reason}.{_sentence(advice)}") from found
@@ -186,10 +190,9 @@ def decode_yaml(
         raise error(_message(str(found), what, where, advice)) from None
     except yaml.MarkedYAMLError as found:
         mark = found.problem_mark or found.context_mark
-        line = f"line {mark.line + 1}: " if mark else ""
-        raise error(
-            _message(f"it is no YAML ({line}{_shortened(str(found.problem or found.context))})", what, where, advice)
-        ) from found
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        reason = _shortened(str(found.problem or found.context), 200)
+        raise error(f"{shown(where) or 'This'}{place} is no YAML: {reason}.{_sentence(advice)}") from found
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as found:  # such as a date without such a day
         raise error(_message(f"it is no YAML ({_shortened(str(found))})", what, where, advice)) from found
     return convert({} if value is None else value, kind, what, where=where, advice=advice, error=error, finite=False)
@@ -221,6 +224,8 @@ def convert(
         return msgspec.convert(value, kind)
     except _InvalidError as found:
         raise error(_message(str(found), what, where, advice)) from None
+    except FinetuneError as found:  # of a check in __post_init__
+        raise error(_message(str(found).removesuffix("."), what, where, advice)) from found
     except msgspec.ValidationError as found:
         raise error(_message(_explained(str(found), value), what, where, advice)) from found
     except (ValueError, RecursionError) as found:  # such as a key of bytes that are no text

@@ -28,17 +28,18 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from filelock import FileLock, Timeout
 from tabulate import tabulate
 
 from finetune.allocation import allocate
-from finetune.errors import DataError
+from finetune.errors import DataError, FinetuneError
 from finetune.file_state import file_state
 from finetune.files import MARK, is_ours, mark_folder, remove_ours, write_atomically
 from finetune.sample import cache_folder
+from finetune.schema import read_json
 
 Rows = np.ndarray[Any, np.dtype[Any]]
 Load = Callable[[Sequence[range]], Iterator[Any]]
@@ -49,6 +50,12 @@ _ABOUT, _ROWS, _DONE, _LOCK = "about.json", "rows", "done", "lock"
 _NAMES = (_ABOUT, _ROWS, _DONE, _LOCK, f"{_LOCK}-*")  # all that a store may hold, beside its mark
 _VERSION = 2  # of the way from a file to a row; a change makes all that is kept void
 _FREE = 2**28  # bytes of the disk that are left alone
+
+
+class _About(TypedDict, total=False):
+    what: int | str
+    pictures: int | str
+    shape: list[int]
 
 
 @dataclass(frozen=True)
@@ -326,8 +333,8 @@ def list_kept(root: Path | None = None, unused: float = 0.0) -> list[Kept]:
     found = []
     for folder in root.iterdir() if root.is_dir() else []:
         about: dict[str, Any] = {}
-        with contextlib.suppress(OSError, ValueError):
-            about = json.loads((folder / _ABOUT).read_text())
+        with contextlib.suppress(FinetuneError):
+            about = {**read_json(folder / _ABOUT, _About, "what a store holds")}
         files = [path.stat() for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
         if (
             files

@@ -5,25 +5,27 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
+import msgspec
 import timm
 import torch
+from msgspec import Meta
 from torch import Tensor, nn
 
 from finetune import checkpoints, hardware
 from finetune.backbones import import_path, input_spec_of
 from finetune.calibration import stored_temperature
-from finetune.errors import CheckpointError, ConfigError
+from finetune.errors import CheckpointError, ConfigError, FinetuneError
 from finetune.escaping import shown
 from finetune.finite import finite_temperature, require_finite
 from finetune.module import FinetuneModule
 from finetune.runs import CHECKPOINTS, as_typed, find_checkpoint, run_of
 from finetune.saving import LAST
+from finetune.schema import convert, decode_json, read_json
 from finetune.transforms import InputSpec
 from finetune.trusted_code import guarding, require_trusted
 
@@ -33,6 +35,35 @@ ONNX_KEY = "resnet-finetune"
 TIMM_KEY = "resnet_finetune"
 """Under this name the same stands in `config.json` of an exported timm folder."""
 
+
+@dataclass
+class Facts:
+    """What an export says of itself, see `facts`."""
+
+    classes: Annotated[list[str], Meta(min_length=1)]
+    input: InputSpec
+    temperature: Any  # see `finite_temperature`
+
+
+@dataclass
+class _TimmFacts:
+    input: InputSpec | None = None
+    temperature: Any = 1.0
+
+
+@dataclass
+class _TimmConfig:
+    """The entries of timm's `config.json` that are used, and ours."""
+
+    architecture: str
+    num_classes: Annotated[int, Meta(ge=1)] | None = None
+    label_names: list[str] | None = None
+    model_args: dict[str, Any] | None = None
+    pretrained_cfg: dict[str, Any] | None = None
+    resnet_finetune: _TimmFacts | None = None
+
+
+_MOST_TRIED = 1024  # pixels of a side
 _MOST_NAMED = 10  # classes in a line on the console
 
 INSTALL_EXPORT = 'pip install "resnet-finetune[export]"'
@@ -73,12 +104,12 @@ class Trained:
     def from_facts(
         cls,
         path: Path,
-        own: Mapping[str, Any],
+        own: Facts,
         probabilities: Callable[[Tensor], Tensor],
         features: Callable[[Tensor], Tensor] | None = None,
     ) -> Trained:
         """Return an export by what `facts` wrote into it."""
-        return cls(path, tuple(own["classes"]), InputSpec.from_plain(own["input"]), own["temperature"], probabilities, features)
+        return cls(path, tuple(own.classes), own.input, own.temperature, probabilities, features)
 
     def require_module(self) -> FinetuneModule:
         """Return the module.
@@ -157,7 +188,32 @@ def _load(path: Path, content: Mapping[str, Any]) -> FinetuneModule:
             ) from error
     if not (isinstance(kind, type) and issubclass(kind, FinetuneModule)):
         raise CheckpointError(f"{path} names the class {class_path}, which is no FinetuneModule.")
-    return kind.load_from_checkpoint(path).eval()
+    _check_options(kind, content.get("hyper_parameters"), path)
+    try:
+        module = kind.load_from_checkpoint(path).eval()
+        if kind is FinetuneModule:
+            _run_once(module.backbone, module.input_spec.size, torch.device("cpu"))
+        return module
+    except FinetuneError as error:
+        raise type(error)(f"{path}: {error}") from error
+    except (TypeError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+        if kind is not FinetuneModule:
+            raise  # somebody's own code, of which the traceback tells more
+        raise CheckpointError(f"{path} cannot be built from its options: {shown(str(error))[:200]}.") from error
+
+
+def _check_options(kind: type[FinetuneModule], options: Any, path: Path) -> None:
+    """Compare the options in a checkpoint with the types that the class asks for, as far as they are plain ones."""
+    if not isinstance(options, dict):
+        raise CheckpointError(f"{path} holds no options of its model. It is damaged.")
+    hints = get_type_hints(kind.__init__)
+    for name in options.keys() & hints.keys():
+        try:
+            plain = "CustomType" not in repr(msgspec.inspect.type_info(hints[name]))
+        except TypeError:  # such as a callable
+            continue
+        if plain:
+            convert(options[name], hints[name], f"a model's option '{name}'", where=str(path), finite=False)
 
 
 def class_names(module: FinetuneModule) -> tuple[str, ...]:
@@ -213,10 +269,20 @@ def _open_onnx(path: Path, device: torch.device, temperature: float | None) -> T
         session = onnxruntime.InferenceSession(str(path), providers=kinds)
     except Exception as error:  # onnxruntime raises classes of its own without a common base
         raise CheckpointError(f"{path} cannot be read as an ONNX model: {error}") from error
-    own = _own_facts(session.get_modelmeta().custom_metadata_map.get(ONNX_KEY), path)
-    own["temperature"] = finite_temperature(own.get("temperature"), str(path))
-    _refuse_other_temperature(own["temperature"], temperature, path)
-    outputs = [output.name for output in session.get_outputs()]
+    try:
+        metadata = session.get_modelmeta().custom_metadata_map
+    except ValueError as error:  # bytes that are no text
+        raise CheckpointError(f"{path} has metadata that are no text: it is damaged. Export it again.") from error
+    own = _own_facts(metadata.get(ONNX_KEY), path)
+    own.temperature = finite_temperature(own.temperature, str(path))
+    _refuse_other_temperature(own.temperature, temperature, path)
+    outputs = {output.name: output.shape for output in session.get_outputs()}
+    if [one.name for one in session.get_inputs()] != ["images"] or "probabilities" not in outputs:
+        raise CheckpointError(
+            f"{path} was not exported by this toolkit: expected the input 'images' and the output 'probabilities', found "
+            f"{', '.join(outputs)}. Export it with: resnet-finetune export RUN"
+        )
+    _require_as_many(own.classes, outputs["probabilities"][-1], path)
 
     def run(output: str) -> Callable[[Tensor], Tensor]:
         return lambda images: torch.from_numpy(session.run([output], {"images": images.numpy(force=True)})[0])
@@ -225,20 +291,28 @@ def _open_onnx(path: Path, device: torch.device, temperature: float | None) -> T
 
 
 def _open_timm(path: Path, device: torch.device, temperature: float | None) -> Trained:
+    advice = "Expected config.json and model.safetensors, as export writes them."
     try:
-        config = json.loads((path / "config.json").read_text())
+        config = read_json(path / "config.json", _TimmConfig, "the configuration of a timm model", finite=False)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} cannot be read as a timm model: {error} {advice}") from error
+    own = config.resnet_finetune or _TimmFacts()
+    if not timm.is_model(config.architecture):
+        raise CheckpointError(f"{path} names the architecture '{config.architecture}', which timm does not have. {advice}")
+    try:
         model: Any = timm.create_model(f"local-dir:{path}", pretrained=True).to(device).eval()
-    except (ValueError, RuntimeError, OSError, KeyError, UnpicklingError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read as a timm model: {error}. Expected config.json and model.safetensors, as export "
-            "writes them."
-        ) from error
-    own = config.get(TIMM_KEY) or {}
-    spec = InputSpec.from_plain(own["input"]) if "input" in own else input_spec_of(model)
-    require_finite(model.state_dict(), str(path))
-    inside = finite_temperature(own.get("temperature", 1.0), f"{path / 'config.json'}")
+        require_finite(model.state_dict(), str(path))
+        spec = own.input or InputSpec.from_plain(asdict(input_spec_of(model)))
+        _run_once(model, spec.size, device)
+    except FinetuneError:
+        raise
+    except Exception as error:  # what a wrong argument or damaged weights raise differs by architecture
+        reason = shown(str(error).partition("\n")[0])[:200]
+        raise CheckpointError(f"{path} cannot be read as a timm model: {reason}. {advice}") from error
+    inside = finite_temperature(own.temperature, f"{path / 'config.json'}")
     heat = inside if temperature is None else temperature
-    names = config.get("label_names") or [str(index) for index in range(model.num_classes)]
+    names = config.label_names or [str(index) for index in range(model.num_classes)]
+    _require_as_many(names, model.num_classes, path)
     mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (spec.mean, spec.std))
 
     def normalise(images: Tensor) -> Tensor:
@@ -252,14 +326,26 @@ def _open_timm(path: Path, device: torch.device, temperature: float | None) -> T
     return Trained(path, tuple(names), spec, heat, lambda images: probabilities_of(network(normalise(images)), heat), features)
 
 
-def _own_facts(text: str | None, path: Path) -> dict[str, Any]:
+def _run_once(network: nn.Module, size: int, device: torch.device) -> None:
+    """Let a network answer one image: some arguments of a wrong kind are found only then."""
+    if size <= _MOST_TRIED:
+        with torch.inference_mode():
+            network(torch.zeros(1, 3, size, size, device=device))
+
+
+def _require_as_many(names: Sequence[str], outputs: Any, path: Path) -> None:
+    if isinstance(outputs, int) and outputs != len(names):
+        raise CheckpointError(f"{path} names {len(names)} classes and has {outputs} outputs. It is damaged: export it again.")
+
+
+def _own_facts(text: str | None, path: Path) -> Facts:
     if text is None:
         raise CheckpointError(
             f"{path} was not exported by this toolkit: its metadata lack '{ONNX_KEY}' with class names and input size. Export "
             "it with: resnet-finetune export RUN"
         )
-    own: dict[str, Any] = json.loads(text)
-    return own
+    advice = "It is damaged: export it again with: resnet-finetune export RUN"
+    return decode_json(text, Facts, "the metadata of an exported model", where=str(path), advice=advice, finite=False)
 
 
 def _refuse_other_temperature(inside: float, wanted: float | None, path: Path) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import os
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ from finetune.defaults import RunOptions
 from finetune.errors import CheckpointError, ConfigError, FinetuneError
 from finetune.finite import require_finite
 from finetune.launchers import settle_processes
+from finetune.library_errors import explained
 from finetune.module import FinetuneModule
 from finetune.output_places import is_run, require_no_links, require_own_places
 from finetune.parser import instantiate
 from finetune.record import read_record
 from finetune.repeats import Repeated, plan_repeats
-from finetune.resuming import compare_data, compare_run, progress_text, resolve_checkpoint, warning_of_older
+from finetune.resuming import compare_data, compare_run, progress_text, resolve_checkpoint, restoring, warning_of_older
 from finetune.resuming import progress as progress_of
 from finetune.room import is_full, unwritable
 from finetune.run_callbacks import RunCallbacks
@@ -160,7 +162,7 @@ class FinetuneCLI(LightningCLI):
     def _look_into(self, checkpoint: Path, config: Any) -> None:
         """Read a checkpoint before anything is built or written, and say what will be continued."""
         inside = checkpoints.read(checkpoint)
-        needed = {"global_step"} | ({"optimizer_states", "loops"} if self.subcommand == "fit" else set())
+        needed = {"epoch", "global_step"} | ({"optimizer_states", "loops"} if self.subcommand == "fit" else set())
         if lacking := sorted(needed - inside.keys()):
             raise CheckpointError(
                 f"{checkpoint} holds weights, but no state of a training ({', '.join(lacking)}). Start from its weights: "
@@ -219,6 +221,8 @@ class FinetuneCLI(LightningCLI):
         """Build the trainer with the run's folder, its loggers and its checkpoints."""
         config = {**self._get(self.config_init, "trainer"), **kwargs}
         options = self._get(self.config_init, "run")
+        if self.subcommand == "fit":
+            _refuse_no_training(config)
         self.run_folder: Path | None = None
         self._compare_classes()
         if self.resumes is not None and self.subcommand == "fit":
@@ -261,6 +265,7 @@ class FinetuneCLI(LightningCLI):
             home = None
         if home is not None:
             require_no_links(home)
+            _require_writable(home)
         return home or new_run(Path(options.folder), options.name or "run", self._job_folder(options))
 
     def _loggers(self, given: Any, options: RunOptions, run_folder: Path) -> Any:
@@ -290,9 +295,15 @@ class FinetuneCLI(LightningCLI):
             with only_here(here), closing_if_it_fails(self.trainer.loggers):
                 self.trainer.fit(**kwargs)
         except MisconfigurationException as error:
-            raise ConfigError(str(error)) from error
+            raise explained(error) or ConfigError(str(error)) from error
         except BaseException as error:
             self._stopped(error)
+            if self.resumes is not None and restoring(error):
+                raise CheckpointError(
+                    f"The state of the training in {as_typed(self.resumes)} cannot be restored ({type(error).__name__}: "
+                    f"{str(error)[:200]}). It is damaged, or of another optimizer or callback. Resume another checkpoint of "
+                    f"the run, or start a new run from its weights: --model.weights {as_typed(self.resumes)}"
+                ) from error
             raise
         finally:
             if self.kept is not None and self.kept.last is not None:
@@ -348,8 +359,31 @@ class FinetuneCLI(LightningCLI):
             )
 
 
+def _require_writable(home: Path) -> None:
+    if not os.access(home, os.W_OK):
+        raise CheckpointError(
+            f"{as_typed(home)} cannot be written, and a resumed run goes on in its folder. Make it writable, or resume a copy: "
+            f"cp -r {as_typed(home)} COPY && resnet-finetune fit --ckpt_path COPY"
+        )
+
+
 def _as_list(given: Any) -> list[Any]:
     return [] if given in (None, True, False) else given if isinstance(given, list) else [given]
+
+
+def _refuse_no_training(options: Mapping[str, Any]) -> None:
+    """Refuse options of the trainer with which a run cannot be one."""
+    if options.get("barebones"):
+        raise ConfigError(
+            "trainer.barebones leaves out the metrics, checkpoints and progress that a run consists of. Leave it out; to see "
+            "that a training runs at all: --trainer.fast_dev_run true."
+        )
+    for name in ("max_epochs", "max_steps"):
+        if options.get(name) == 0:
+            raise ConfigError(
+                f"trainer.{name} is 0, so nothing would be trained. Expected at least 1. To measure a run: resnet-finetune "
+                "validate --ckpt_path RUN"
+            )
 
 
 def _with_checkpoint_io(plugins: Any) -> list[Any]:

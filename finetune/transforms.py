@@ -9,16 +9,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
+from msgspec import Meta
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
 from finetune.errors import ConfigError, did_you_mean
 from finetune.images import FULL
+from finetune.schema import convert
 
 Augmentation = Literal["none", "light", "medium", "strong"]
 Transform = Callable[[Tensor], Tensor]
+
+Scale = Annotated[float, Meta(gt=0)]
+_MOST_PIXELS = 8192  # of a side that a file may ask for
 
 LONGEST = 4  # a picture is cut to this ratio of its sides before it is resized, so that 1 x 3000 pixels need no gigabyte
 
@@ -39,9 +44,9 @@ class InputSpec:
     224
     """
 
-    size: int
+    size: Annotated[int, Meta(le=_MOST_PIXELS)]
     mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    std: tuple[Scale, Scale, Scale]
     interpolation: Literal["bilinear", "bicubic"]
     crop: float
     white: int = FULL
@@ -49,6 +54,8 @@ class InputSpec:
     def __post_init__(self) -> None:
         if self.size < 1:
             raise ConfigError(f"Expected an input size of at least 1 pixel, found {self.size}.")
+        if not all(math.isfinite(value) for value in (*self.mean, *self.std)):
+            raise ConfigError(f"Expected a finite mean and standard deviation per colour, found {self.mean} and {self.std}.")
         if not 0 < self.crop <= 1:
             raise ConfigError(f"Expected a crop above 0 and up to 1 (the share of the shorter side), found {self.crop}.")
         if not 1 <= self.white <= FULL:
@@ -60,10 +67,13 @@ class InputSpec:
     def from_plain(cls, fields: Mapping[str, Any]) -> InputSpec:
         """Restore a description that was kept as plain values, as in a checkpoint or on a card.
 
+        Raises:
+            ConfigError: If they describe no input.
+
         >>> InputSpec.from_plain(dict(size=96, mean=[0.5] * 3, std=[0.5] * 3, interpolation="bilinear", crop=0.875)).mean
         (0.5, 0.5, 0.5)
         """
-        return cls(**{**fields, **{name: tuple(float(x) for x in fields[name]) for name in ("mean", "std")}})
+        return convert(fields, cls, "the input of a model", error=ConfigError)
 
     @classmethod
     def default(cls) -> InputSpec:

@@ -14,7 +14,7 @@ import socket
 import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -22,6 +22,7 @@ import numpy.typing as npt
 from lightning.fabric.loggers.logger import _DummyExperiment, rank_zero_experiment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import WandbLogger
+from msgspec import Meta
 
 from finetune.console import say
 from finetune.defaults import RunOptions
@@ -29,6 +30,7 @@ from finetune.files import write_atomically
 from finetune.mistakes import Mistake, mistakes_of
 from finetune.own_modules import outside_working_folder
 from finetune.runs import CHECKPOINTS, CONFIG
+from finetune.schema import read_json
 from finetune.thumbnails import thumbnail
 
 IDENTITY = "wandb.json"  # in the run's folder: which W&B run it is, so that a resumed run goes on with it
@@ -36,6 +38,15 @@ PROJECT = "resnet-finetune"
 STEP = "trainer/global_step"  # as Lightning's own logger calls it
 _PROBE, _INIT, _FINISH = 5.0, 30.0, 120.0  # seconds that are waited for an answer, for a new run, and for the last upload
 _FACTS = ("command", "resumed", "version", "versions", "git", "hardware", "data", "weights", "stages", "phases")
+
+
+class _Identity(TypedDict, total=False):
+    """Which run of W&B a run is; its id becomes part of an address."""
+
+    id: Annotated[str, Meta(pattern=r"\A[\w-]{1,128}\Z")]
+    project: str | None
+    entity: str | None
+    url: str | None
 
 
 class WandbTracker(WandbLogger):
@@ -219,7 +230,8 @@ def _project(options: RunOptions) -> str | None:
 
 def _read_identity(run: Path) -> dict[str, Any]:
     path = run / IDENTITY
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    advice = "Remove it: the run then goes on as a new run of W&B."
+    return {**read_json(path, _Identity, "which run of W&B this is", advice=advice)} if path.is_file() else {}
 
 
 def _answers(settings: Any) -> bool:

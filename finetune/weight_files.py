@@ -81,6 +81,11 @@ def read_file(path: Path) -> dict[str, Any]:
     except Exception as error:  # what a damaged file raises differs by format and by the place of the damage
         code = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if code:
+            if "." in code[1] and zipfile.is_zipfile(path) and _is_module(code[1]):
+                raise WeightsError(
+                    f"'{path}' is a whole model as torch.save(model, FILE) writes it (a pickled {code[1]}), and reading it "
+                    "would run code. Save its tensors instead, where it was made: torch.save(model.state_dict(), FILE)."
+                ) from error
             raise WeightsError(
                 f"'{path}' holds more than tensors: reading it would run code ({code[1]}), which could be anybody's. Where you "
                 "trust it, load it yourself and save the tensors alone: torch.save(model.state_dict(), FILE)."
@@ -92,6 +97,12 @@ def read_file(path: Path) -> dict[str, Any]:
             "incomplete: copy or download it again."
         ) from error
     return dict(raw) if isinstance(raw, Mapping) else {"": raw}
+
+
+def _is_module(name: str) -> bool:
+    """Guess by its name whether a pickled class is that of a network; nothing is imported."""
+    package, _, own = name.partition(".")
+    return package in ("torchvision", "timm", "finetune", "lightning") or ".nn." in name or own.endswith(("Net", "Module"))
 
 
 def _refuse_text(start: bytes, path: Path) -> None:
@@ -119,7 +130,26 @@ def tensors_of(raw: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     tensors = {str(name): value.detach() for name, value in inner.items() if isinstance(value, Tensor) and name}
     if not tensors:
         raise WeightsError(f"Expected named tensors in '{path}', found none (keys: {', '.join(map(str, inner)) or 'none'}).")
+    for name, tensor in tensors.items():
+        if fault := fault_of(tensor):
+            raise WeightsError(f"'{path}' holds no weights in '{name}': {fault}.")
     return tensors
+
+
+def fault_of(tensor: Tensor) -> str:
+    """Say why a tensor cannot be a weight; empty if it can.
+
+    >>> fault_of(torch.empty(2, device="meta"))
+    'it is on the device meta, which has shapes and no values (save the model after its weights are loaded)'
+    """
+    if tensor.is_meta:
+        return "it is on the device meta, which has shapes and no values (save the model after its weights are loaded)"
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        kind = "quantized" if tensor.is_quantized else str(tensor.layout).removeprefix("torch.")
+        return f"it is {kind}, expected a dense tensor"
+    if tensor.is_complex():
+        return "it holds complex numbers"
+    return ""
 
 
 def sha256_of(path: Path) -> str:

@@ -47,8 +47,9 @@ class Report:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Report:
-        """Restore what `as_dict` returned."""
-        values: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in fields.items()}
+        """Restore what `as_dict` returned, also of a later version, which may say more."""
+        known = {field.name for field in dataclasses.fields(cls)} & fields.keys()
+        values: dict[str, Any] = {n: tuple(fields[n]) if isinstance(fields[n], list) else fields[n] for n in known}
         return cls(**values)
 
     def summary(self) -> str:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from finetune import CheckpointError, FinetuneModule, InputSpec
+from finetune.checkpoint_file import require_optimizer_fits
 from finetune.checkpoints import plain, read, read_own, refuse_other_options
 
 
@@ -193,3 +194,19 @@ def test_options_of_a_resumed_run():
         "  lr: 0.1 in the checkpoint, 0.2 now",
         "  freezing: 'full' in the checkpoint, [{'train': ['head']}] now",
     ]
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lamb", "adafactor"])
+def test_a_state_of_the_optimizer_fits_its_parameters(name):
+    import timm.optim
+
+    parameter = torch.nn.Parameter(torch.ones(3, 4))
+    optimizer = timm.optim.create_optimizer_v2([parameter], name, lr=0.1)
+    parameter.sum().backward()
+    optimizer.step()
+    require_optimizer_fits([optimizer])
+    key = next((key for key in ("momentum_buffer", "exp_avg") if key in optimizer.state[parameter]), None)
+    if key:
+        optimizer.state[parameter][key] = torch.zeros(3)
+        with pytest.raises(CheckpointError, match=rf"'{key}' .* expected the shape \(3, 4\), found \(3,\)"):
+            require_optimizer_fits([optimizer])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from finetune.errors import CheckpointError
+from finetune.report import write_report
 from finetune.run_files import RunFiles, Span, find_run, flat
 
 
@@ -129,3 +130,32 @@ def test_what_is_no_run_is_refused_with_a_hint(past_run, tmp_path):
         find_run(str(run.parent / "2026-01-30"), tmp_path)
     with pytest.raises(CheckpointError, match="There is no run in"):
         find_run("last", tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("record.json", b'{"stages": [{"stage": "head", "parameters": "many"}]}'),
+        ("record.json", b'{"best": {"value": 0.5, "epoch": 1, "checkpoint": "../../other.ckpt"}}'),
+        ("config.yaml", b"trainer: &a\n  trainer: *a\n"),
+        ("config.yaml", b"trainer: 5\n"),
+        ("metrics.csv", b"step,val/acc\n1," + b"9" * 200_000 + b"\n"),
+        ("predictions.val.csv", b"file,true,label,probability,p:a,p:b\n0.png,a,a,nan,nan,0.5\n"),
+        ("domains.json", b'{"a_distance": "x", "points": []}'),
+    ],
+)
+def test_a_file_that_holds_something_else_counts_as_missing_and_is_named(past_run, name, content, capsys):
+    run = past_run()
+    (run / name).write_bytes(content)
+    page = write_report(run).read_text()
+    assert f"Left out: {run / name}" in page
+    assert f"warning: {run / name}" in capsys.readouterr().err
+
+
+def test_links_in_a_run_are_not_followed(past_run, tmp_path):
+    run = past_run()
+    (run / "record.json").rename(tmp_path / "elsewhere.json")
+    (run / "record.json").symlink_to(tmp_path / "elsewhere.json")
+    files = RunFiles(run)
+    assert files.record == {}
+    assert "is a link" in files.unreadable["record.json"]
