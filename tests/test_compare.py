@@ -36,7 +36,7 @@ def test_a_recipe_without_adaptation_is_refused_before_anything_trains(tmp_path,
     with pytest.raises(SystemExit):
         main(["fit", "--config", "small", "--data.root", "digits", "--compare"])
     said = capfd.readouterr()
-    for part in ("SourceOnly", "resnet-finetune adapt", "There is no option 'adaptation'"):
+    for part in ("SourceOnly", "resnet-finetune adapt", "There is no option 'model.adaptation'"):
         assert part in said.err
     assert "===" not in said.out
     assert not (tmp_path / "runs").exists()

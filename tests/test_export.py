@@ -65,7 +65,6 @@ def test_onnx_holds_all_that_it_takes(world, capsys):
 
 
 @pytest.mark.usefixtures("world")
-@pytest.mark.usefixtures("world")
 def test_the_example_of_the_card_reads_an_image_as_predict_does(capsys):
     main(["export", RUN, "--pictures", "new"])
     card = Path(RUN, "export", "onnx", "README.md").read_text()
@@ -81,6 +80,7 @@ def test_the_example_of_the_card_reads_an_image_as_predict_does(capsys):
         assert float(probability) == pytest.approx(expected.probabilities[0], abs=0.02)  # Pillow rounds between the two passes
 
 
+@pytest.mark.usefixtures("world")
 def test_torch_export_runs_without_this_package():
     folder = export(RUN, "torch_export", out="exported", pictures=["new"])
     assert folder == Path("exported")

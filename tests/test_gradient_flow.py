@@ -281,10 +281,7 @@ class FrozenStem(nn.Module):
         return self.fc(self.body(x))
 
 
-@pytest.fixture
-def own_network(monkeypatch):
-    monkeypatch.setitem(sys.modules, "own_networks", sys.modules[__name__])
-    return "own_networks.FrozenStem"
+OWN_NETWORK = f"{FrozenStem.__module__}.{FrozenStem.__qualname__}"
 
 
 @pytest.mark.parametrize(
@@ -296,8 +293,8 @@ def own_network(monkeypatch):
         ("fine", None),
     ],
 )
-def test_a_stem_that_was_frozen_by_mistake(tmp_path, own_network, capsys, how, says):
-    model = module(backbone=own_network, backbone_args={"how": how})
+def test_a_stem_that_was_frozen_by_mistake(tmp_path, capsys, how, says):
+    model = module(backbone=OWN_NETWORK, backbone_args={"how": how})
     trainer(tmp_path, GradientFlow(tmp_path), max_epochs=3).fit(model, loader())
     lines = warned(capsys)
     assert len(lines) == (says is not None)

@@ -223,10 +223,10 @@ def test_another_class_has_its_own_defaults(tmp_path, monkeypatch, words, made):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["fit", "--model.lrr", "3"], "Did you mean 'lr'?"),
+        (["fit", "--model.lrr", "3"], "Did you mean 'model.lr'?"),
         (["fit", "--modl.lr", "3"], "Did you mean '--model.lr'?"),
         (["fit", "--trainer.max_epoch", "3"], "Did you mean '--trainer.max_epochs'?"),
-        (["fit", "--data.batchsize", "3"], "Did you mean 'batch_size'?"),
+        (["fit", "--data.batchsize", "3"], "Did you mean 'data.batch_size'?"),
         (["fit", "--run.patienc", "3"], "Did you mean '--run.patience'?"),
         (["fit", "--config", "wrong_key.yaml"], "Did you mean 'model.lr'?"),
         (["fit", "--config", "smal"], "Did you mean 'small'?"),
