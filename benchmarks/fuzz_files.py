@@ -544,7 +544,7 @@ def _write_memory(rng: random.Random, folder: Path) -> None:
     with contextlib.closing(sqlite3.connect(path)) as base:
         said = _json(["truncated", "at byte 3", [["grey", ""]]], rng)
         values = [said.decode("utf-8", "replace"), said, *[each for each in ODD if isinstance(each, str | float | None)]]
-        column = rng.choice(["said", "said", "said", "size", "time", "full", "digest"])
+        column = rng.choice(["said", "said", "said", "state", "full", "digest"])
         with contextlib.suppress(UnicodeEncodeError, OverflowError):
             base.execute(f"UPDATE looks SET {column} = ?", (rng.choice(values[:2] if column == "said" else values),))
         base.commit()

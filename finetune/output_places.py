@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from finetune.errors import CheckpointError, ConfigError
+from finetune.errors import CheckpointError, ConfigError, FinetuneError
 from finetune.files import read_plain
 from finetune.runs import CHECKPOINTS, CONFIG, RESUMED_CONFIG, run_of
+from finetune.schema import decode_json, decode_yaml
 
 _RECORD = "record.json"
 _RUN = (_RECORD, CONFIG)  # what a run's folder holds
@@ -21,7 +21,7 @@ _WRITTEN = (
     *(_RECORD, CONFIG, RESUMED_CONFIG, "metrics.csv", "gradients.csv", "split.csv", "report.html", "augmented.jpg", ".lock"),
     *("explained.png", "predictions.val.csv", "predictions.test.csv", "predictions.target.csv", "domains.json"),
 )
-_MOST_BYTES = 2**26  # of a record
+_MOST_BYTES = 8 * 2**20  # of a record
 
 
 def require_own_places(loggers: Sequence[Any], callbacks: Sequence[Any], resumes: Path | None = None) -> None:
@@ -61,11 +61,21 @@ def is_run(folder: Path) -> bool:
 
     A checkpoint in `checkpoints/` may also have been put there by hand, in the middle of somebody's project.
     """
+    record, config = folder / _RECORD, folder / CONFIG
+    if os.path.lexists(record):
+        return {"state", "command"} <= _keys(decode_json, record)
+    if {"data", "model", "run", "trainer"} <= _keys(decode_yaml, config):
+        return True  # a run from before there were records, or one that lost its own
+    return not any(os.path.lexists(folder / name) for name in _WRITTEN)
+
+
+def _keys(decode: Callable[..., dict[str, Any]], file: Path) -> set[str]:
+    """Return the names at the top of a file; none if it cannot be read."""
     try:
-        record = json.loads(read_plain(folder / _RECORD, _MOST_BYTES))
-        return isinstance(record, dict) and {"state", "command"} <= set(record)
-    except (OSError, ValueError, RecursionError):
-        return not any(os.path.lexists(folder / name) for name in _WRITTEN)
+        text = read_plain(file, _MOST_BYTES).decode("utf-8")
+        return set(decode(text, dict[str, Any], "what a run says of itself", where=str(file)))
+    except (OSError, ValueError, FinetuneError):
+        return set()
 
 
 def require_no_links(run: Path) -> None:

@@ -137,7 +137,7 @@ def test_a_store_that_outgrows_the_disk(tmp_path, store, left_alone):
     assert f"needs {size / 1e6:.1f} MB in runs/kept, where 2" in message  # and what there is: 25.1 MB and a little less
     assert "reuse --clear" in message
     assert asked == "asked []"  # before anything is computed
-    assert left == "left ['not_ours']"
+    assert left == "left ['.resnet-finetune', 'not_ours']"
 
 
 def test_where_space_cannot_be_reserved_zeros_are_written(tmp_path, monkeypatch):

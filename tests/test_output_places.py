@@ -99,6 +99,8 @@ def test_the_folder_of_a_checkpoint_is_that_of_a_run_or_it_is_left_alone(run, tm
         assert not is_run(run)
     (run / "record.json").unlink()
     assert not is_run(run)
+    (run / "config.yaml").write_text("data: {}\nmodel: {}\nrun: {}\ntrainer: {}\n")
+    assert is_run(run), "a run from before there were records"
     (run / "config.yaml").unlink()
     assert not is_run(run), "its metrics.csv would be rewritten"
 
