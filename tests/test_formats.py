@@ -37,6 +37,7 @@ def test_a_run_of_format_1_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "tiny_backbone.py").write_text(BACKBONE)
     run = shutil.copytree(OLD, tmp_path / "runs" / "tiny" / "1")
+    shutil.copy(run / "checkpoints" / "last.ckpt", run / "checkpoints" / "best.ckpt")  # a score without its file is forgotten
     main(["fit", "--ckpt_path", str(run), "--trainer.max_epochs", "3", "--run.gradients_every", "0"])
     said = capsys.readouterr().out
     assert "2 epochs are done" in said
