@@ -136,11 +136,16 @@ def tensors_of(raw: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+_MOST_REPEATED = 2**24  # bytes; a small file could otherwise ask for all memory there is
+
+
 def fault_of(tensor: Tensor) -> str:
     """Say why a tensor cannot be a weight; empty if it can.
 
     >>> fault_of(torch.empty(2, device="meta"))
     'it is on the device meta, which has shapes and no values (save the model after its weights are loaded)'
+    >>> fault_of(torch.zeros(1).expand(2**24))
+    'it is 64 MB of 0 MB that are repeated'
     """
     if tensor.is_meta:
         return "it is on the device meta, which has shapes and no values (save the model after its weights are loaded)"
@@ -149,6 +154,9 @@ def fault_of(tensor: Tensor) -> str:
         return f"it is {kind}, expected a dense tensor"
     if tensor.is_complex():
         return "it holds complex numbers"
+    held, shown = tensor.untyped_storage().nbytes(), tensor.numel() * tensor.element_size()
+    if shown > max(held, _MOST_REPEATED):
+        return f"it is {shown / 2**20:,.0f} MB of {held / 2**20:,.0f} MB that are repeated"
     return ""
 
 
