@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ def _require_sections(path: Path, found: Mapping[Any, Any], prefix: str = "") ->
         takes_class = name in ("model", "data")
         if value is None and not takes_class:
             continue  # an empty section: its defaults hold
-        if isinstance(value, str) and value and (takes_class or Path(value).is_file()):
+        if isinstance(value, str) and value and (takes_class or os.path.isfile(value)):
             continue  # a class, or another file with the options of the section
         held = "nothing" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
         raise ConfigError(

@@ -6,6 +6,7 @@ configuration files among them, tell the rest.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 def misplaced(argument: str) -> str:
     """Return what to type in place of an argument that belongs to no option, such as a folder behind `fit`."""
     path = Path(argument)
-    if path.is_dir():
+    if os.path.isdir(path):
         if any((path / name).is_file() for name in ("config.yaml", "record.json")):
             return f"To resume a run: --ckpt_path {argument}"
         return f"To train on a folder: --data.root {argument}"

@@ -28,7 +28,7 @@ def find_recipe(name: str) -> Path:
         ConfigError: If there is neither; the message names the nearest file or recipe.
     """
     path = Path(name)
-    if path.is_file():
+    if os.path.isfile(name):  # no error for a name that no file can have
         return path
     stem = path.stem if path.suffix in (".yaml", ".yml") else path.name
     if stem in recipe_names() and path.parent in (Path(), Path("recipes")):
@@ -38,7 +38,7 @@ def find_recipe(name: str) -> Path:
             "'sweep' is no recipe of fit: W&B starts fit many times by it. Copy it, then: resnet-finetune recipes --copy sweep "
             "sweep.yaml && wandb sweep sweep.yaml (docs/tracking.md)"
         )
-    beside = {str(path.parent / p.name): None for p in path.parent.glob("*.y*ml")} if path.parent.is_dir() else {}
+    beside = {str(path.parent / p.name): None for p in path.parent.glob("*.y*ml")} if os.path.isdir(path.parent) else {}
     hint = did_you_mean(name, [*recipe_names(), *beside]) or did_you_mean(stem, recipe_names())
     raise ConfigError(
         f"There is no file or recipe '{name}'.{hint} Expected a YAML file or one of the recipes: {', '.join(recipe_names())}."

@@ -298,12 +298,12 @@ def find_run(what: str, root: Path) -> Path:
             raise CheckpointError(f"There is no run in {root}. Name its folder.")
         return max(runs, key=_trained_at)
     path = Path(what)
-    inside = path.is_file() or path.name == CHECKPOINTS
+    inside = os.path.isfile(path) or path.name == CHECKPOINTS
     for folder in (path, path.parent, path.parent.parent) if inside else (path,):
-        if any((folder / name).is_file() for name in (RECORD, METRICS, CONFIG)):
+        if any(os.path.isfile(folder / name) for name in (RECORD, METRICS, CONFIG)):
             return folder
-    if not path.exists():
-        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    if not os.path.exists(path):
+        siblings = [entry.name for entry in path.parent.iterdir()] if os.path.isdir(path.parent) else []
         raise CheckpointError(f"There is no run {path}.{did_you_mean(path.name, siblings)} Expected a run's folder, or 'last'.")
     runs = sorted(found.parent for found in path.glob(f"**/{CONFIG}"))
     hint = f" There are runs below it, such as {runs[-1]}." if runs else ""

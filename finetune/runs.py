@@ -119,14 +119,14 @@ def find_checkpoint(what: str, root: Path, name: str | None = None, prefer: str 
             raise CheckpointError(f"There is no run with a checkpoint in {where}: start one without --ckpt_path.")
         return newest
     path = Path(what)
-    if path.is_dir():
+    if os.path.isdir(path):  # no error for a name that no file can have
         kept = [path / CHECKPOINTS / f"{kind}.ckpt" for kind in dict.fromkeys((prefer, "best", "last"))]
         inside = next((checkpoint for checkpoint in kept if checkpoint.is_file()), None)
         if inside is None:
             raise CheckpointError(f"The folder {path} holds no checkpoint: expected {kept[0]}.")
         return inside
-    if not path.is_file():
-        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    if not os.path.isfile(path):
+        siblings = [entry.name for entry in path.parent.iterdir()] if os.path.isdir(path.parent) else []
         raise CheckpointError(
             f"There is no checkpoint {path}.{did_you_mean(path.name, siblings)} "
             "Expected a .ckpt file, a run's folder, or 'last'."

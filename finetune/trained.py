@@ -148,7 +148,7 @@ def open_trained(model: str | os.PathLike[str], device: str = "auto", temperatur
         )
     if path.suffix == ".onnx":
         return _open_onnx(path, _device(device), temperature)
-    if (path / "config.json").is_file():
+    if os.path.isfile(path / "config.json"):
         return _open_timm(path, _device(device), temperature)
     return _open_checkpoint(find_checkpoint(os.fspath(model), Path("runs")), _device(device), temperature)
 
@@ -262,7 +262,7 @@ def _open_onnx(path: Path, device: torch.device, temperature: float | None) -> T
         import onnxruntime
     except ImportError as error:
         raise ConfigError(f"Running {path} needs onnxruntime. Install it with: {INSTALL_EXPORT}") from error
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(f"There is no file {path}.")
     kinds = ["CUDAExecutionProvider"] * (device.type == "cuda") + ["CPUExecutionProvider"]
     try:

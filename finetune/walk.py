@@ -106,12 +106,12 @@ def existing(folder: Path) -> Path:
     Raises:
         DataError: If there is none, or a file.
     """
-    if folder.is_dir():
+    if os.path.isdir(folder):
         return folder
-    if folder.exists():
+    if os.path.exists(folder):
         raise DataError(f"{folder} is a file, expected a folder. If it is an archive, unpack it first.")
     parent = folder.parent
-    siblings = [entry.name for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []
+    siblings = [entry.name for entry in parent.iterdir() if entry.is_dir()] if os.path.isdir(parent) else []
     raise DataError(f"There is no folder {folder} (seen from {Path.cwd()}).{did_you_mean(folder.name, siblings)}")
 
 

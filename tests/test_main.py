@@ -162,3 +162,18 @@ def test_null_starts_anew_whatever_the_configuration_says(tmp_path, capsys):
     assert "weights: none" in capsys.readouterr().out
     with pytest.raises((SystemExit, OSError)):
         main(["fit", "--config", "mine.yaml"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["fit", "--config", "NAME"], ["fit", "--ckpt_path", "NAME"], ["fit", "NAME"], ["fit", "--data.root", "NAME"]),
+        *(["predict", "NAME", "x"], ["predict", "NAME.onnx", "x"], ["report", "NAME"], ["check", "NAME"], ["export", "NAME"]),
+    ],
+    ids=" ".join,
+)
+def test_a_name_that_no_file_can_have_is_one_that_is_not_there(capsys, words):
+    said = fails([word.replace("NAME", 400 * "9") for word in words], capsys)
+    assert said.startswith("error: ")
+    assert 400 * "9" in said
+    assert "Traceback" not in said
