@@ -10,7 +10,9 @@ import pytest
 import finetune
 
 ROOT = Path(finetune.__file__).resolve().parent.parent
-BUILD = "import sys, hatchling.build as backend; getattr(backend, sys.argv[1])(sys.argv[2])"
+BUILD = (  # a plain path needs nothing of `editables`, which generates hooks into imports
+    "import sys; sys.modules['editables'] = None; import hatchling.build as backend; getattr(backend, sys.argv[1])(sys.argv[2])"
+)
 
 
 @pytest.fixture(scope="module")
