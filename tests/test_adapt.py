@@ -451,13 +451,13 @@ def test_target_images_that_are_trained_with_their_labels_count_in_no_accuracy(d
     assert "The labels of 6 target images were trained with" in (run / "report.html").read_text()
 
 
-def test_a_validator_of_ones_own_can_choose_the_checkpoint(domains):
+def test_a_validator_of_ones_own_can_choose_the_checkpoint(domains, tmp_path):
     class Watched(AdaptModule):
         def target_validators(self, logits):
             best = logits.softmax(1).topk(2).values
             return {**super().target_validators(logits), "margin": (best[:, 0] - best[:, 1]).mean()}
 
-    best = ModelCheckpoint(monitor="target/margin", mode="max")
+    best = ModelCheckpoint(tmp_path, monitor="target/margin", mode="max")
     trainer = L.Trainer(**{**QUIET, "enable_checkpointing": True}, max_epochs=1, callbacks=[best])
     model, data = Watched(**TINY, adaptation="MCC"), data_of(domains)
     trainer.fit(model, data)
