@@ -179,10 +179,7 @@ def planted(name: str, weights: str, root: str, number: int, train: int) -> list
             found = look(module, canvas[None], labels=torch.tensor([data.labels("val")[index]]))
             row, column = divmod(int(found.maps[0].argmax()), 224)
             known = int(found.logits.argmax()) == data.labels("val")[index]
-            hit = (
-                (row // 112, column // 112) == (top // 112, left // 112),
-                int(found.logits.argmax()) == data.labels("val")[index],
-            )
+            hit = (row // 112, column // 112) == (top // 112, left // 112)
             count[0] += hit
             count[1] += 1
             count[2] += hit and known
